@@ -1,0 +1,1 @@
+"""Settings: the run file (TOML), the machine profile (DeepSpeed JSON), and the rules between them. No torch here."""

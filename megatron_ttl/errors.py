@@ -1,0 +1,64 @@
+"""Say what is wrong, what it must be and what to do: the errors a user meets, and the exit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Status with which every command of the project ends (documented in README.md)."""
+
+    DONE = 0
+    FAILED = 1  # an error of ours: a traceback was printed
+    USAGE = 2  # the user's settings, data or files: one screen of faults was printed
+    HANG = 70  # a watchdog ended a run that no longer moved
+    DISK = 75  # no checkpoint could be written, several times in a row
+    PREEMPTED = 85  # asked to stop (Ctrl-C, SIGTERM): a checkpoint is on disk, start the same command again
+
+
+class UserError(ValueError):
+    """One or several faults that the user can repair; printed without a traceback.
+
+    A fault reads `<where>: <what it is>; <what it must be>; <what to do>`. Pass all of them at once.
+    """
+
+    exit_code = ExitCode.USAGE
+
+    def __init__(self, *faults: str) -> None:
+        self.faults = list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class ConfigError(UserError):
+    """The run file, the DeepSpeed JSON or an override is wrong."""
+
+
+class DataError(UserError):
+    """Text, tokens or a tokenizer are missing, damaged or do not fit together."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or a model folder is missing, damaged or belongs to another run."""
+
+
+class DiskError(UserError):
+    """The disk cannot take what must be written."""
+
+    exit_code = ExitCode.DISK
+
+
+def raise_faults(error: type[UserError], faults: Iterable[str]) -> None:
+    """Raise `error` with all `faults` if there is one; do nothing otherwise."""
+    found = list(faults)
+    if found:
+        raise error(*found)
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """Return `"did you mean 'x'?"` for the known word nearest to `word`, or an empty string."""
+    from difflib import get_close_matches
+
+    by_lower = {k.lower(): k for k in known}
+    match = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f"did you mean '{by_lower[match[0]]}'?" if match else ""

@@ -1,0 +1,109 @@
+"""Write files so that a reader sees the old one or the new one, never a half: temporary file, fsync, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from megatron_ttl.errors import DiskError
+
+_BLOCK_BYTES = 8 << 20
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names inside `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the bytes of a file that some library wrote survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; on success it takes the name `path`, on failure it is gone.
+
+    Raises:
+        OSError: what the disk said; the file at `path` is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    encoding = None if "b" in mode else "utf-8"
+    try:
+        with open(temporary, mode, encoding=encoding, newline=None if "b" in mode else "\n") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` atomically as UTF-8."""
+    with atomic_write(path, "w") as handle:
+        handle.write(text)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` atomically as indented JSON; NaN and infinity are refused, for JSON has no word for them."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """Return the xxh3-128 of a file as `xxh3:<32 hex digits>`: 20 GB/s, against accidents and not against attackers."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as handle:
+        while block := handle.read(_BLOCK_BYTES):
+            digest.update(block)
+    return f"xxh3:{digest.hexdigest()}"
+
+
+def checksum_bytes(payload: bytes | memoryview) -> str:
+    """Return the checksum that `checksum` would give for a file with these bytes."""
+    return f"xxh3:{xxhash.xxh3_128(payload).hexdigest()}"
+
+
+def require_free_space(directory: Path, needed_bytes: int, what: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        DiskError: fewer than `needed_bytes` are free where `directory` lies (or will lie).
+    """
+    place = directory.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise DiskError(
+            f"{directory}: {what} needs {human_bytes(needed_bytes)}, {human_bytes(free)} are free; "
+            "the disk must hold it; free some space or choose another folder"
+        )
+
+
+def human_bytes(count: float) -> str:
+    """Format a byte count with a binary unit: 1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
