@@ -1,0 +1,1 @@
+"""Operations of the model, one per file: the formula as `*_reference`, and the function that the model calls."""

@@ -1,0 +1,1 @@
+"""The Llama-2 decoder and its arithmetic. Knows nothing of data, layouts or engines."""

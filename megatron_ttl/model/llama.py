@@ -1,0 +1,178 @@
+"""Llama-2 as a list of layers, each Tensor -> Tensor.
+
+Shapes: b micro batch, s sequence, h hidden, n query heads, k key/value heads, d head size, f intermediate, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ttl.config.schema import ModelConfig
+from megatron_ttl.kernels.attention import attention
+from megatron_ttl.kernels.rms_norm import rms_norm
+from megatron_ttl.kernels.rotary import rotary, rotary_tables
+from megatron_ttl.kernels.swiglu import swiglu
+
+
+class KeyValueCache(Protocol):
+    """What a block needs of a cache: how many tokens it holds, and a way to add more."""
+
+    length: int
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [b, k, s_new, d] keys and values; return all so far, [b, k, s_total, d]."""
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learnt scale."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h]"""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention with rotary positions; query, key and value come from one packed projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.theta = config.rope_theta
+        width = (config.num_attention_heads + 2 * config.num_key_value_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)  # rows: q, then k, then v
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def _angles(self, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cos and sin for positions start .. start + count, growing the cached tables when needed.
+
+        They are no buffers: `module.to(bfloat16)` and the engine's casts must not reach them.
+        """
+        if self._rotary is None or len(self._rotary[0]) < start + count or self._rotary[0].device != device:
+            self._rotary = rotary_tables(max(start + count, 2 * start), self.head_dim, self.theta, device)
+        cos, sin = self._rotary
+        return cos[start : start + count], sin[start : start + count]
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """[b, s, h] -> [b, s, h]"""
+        batch, length, _ = x.shape
+        heads = self.qkv_proj(x).view(batch, length, -1, self.head_dim)  # [b, s, n + 2k, d]
+        kv_heads = heads.shape[2] // (self.groups + 2)
+        # Queries and keys turn together: they lie side by side in the packed projection.
+        turned, value = heads.split((kv_heads * (self.groups + 1), kv_heads), dim=2)
+        cos, sin = self._angles(cache.length if cache else 0, length, x.device)
+        query, key = rotary(turned, cos, sin).split((kv_heads * self.groups, kv_heads), dim=2)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
+        if cache is not None:
+            key, value = cache.append(key, value)
+        mixed = attention(query, key, value)  # [b, n, s, d]
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward; gate and up come from one packed projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, s, h] -> [b, s, h]"""
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class TokenEmbedding(nn.Module):
+    """Token ids to vectors."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[b, s] -> [b, s, h]"""
+        return self.embed_tokens(input_ids)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """[b, s, h] -> [b, s, h]"""
+        x = x + self.self_attn(self.input_layernorm(x), cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LMHead(nn.Module):
+    """Final norm and the projection to the vocabulary, untied from the embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, s, h] -> [b, s, v]"""
+        return self.lm_head(self.norm(x))
+
+
+def layer_classes(config: ModelConfig) -> list[type[nn.Module]]:
+    """Return the classes of the layers in order; layer i of a model is `layer_classes(config)[i](config)`."""
+    return [TokenEmbedding, *[TransformerBlock] * config.num_hidden_layers, LMHead]
+
+
+def initialize_layer(layer: nn.Module, config: ModelConfig, index: int, seed: int) -> None:
+    """Fill one layer's weights from seed + index on the host, so that no layout can change them.
+
+    `normal` draws every matrix from N(0, 0.02), as Hugging Face's Llama does and TTL did. `tinyllama` draws from
+    N(0, sqrt(2 / 5h)), and the two projections that write into the residual stream from N(0, 1 / (sqrt(h) L)).
+    Source: lit-gpt's initialisation as used by TinyLlama (Zhang et al. 2024).
+    """
+    generator = torch.Generator().manual_seed(seed + index)
+    wide = 0.02 if config.init == "normal" else (2 / 5 / config.hidden_size) ** 0.5
+    narrow = 0.02 if config.init == "normal" else config.hidden_size**-0.5 / config.num_hidden_layers
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            std = narrow if name.endswith(("o_proj.weight", "down_proj.weight")) else wide
+            drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+            parameter.copy_(drawn)
+
+
+def build_model(config: ModelConfig, seed: int | None, device: torch.device | str = "cpu",
+                dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Build the whole model: `model(input_ids [b, s]) -> logits [b, s, v]`.
+
+    Args:
+        config: the architecture.
+        seed: layer i is drawn from seed + i; None leaves the memory as it is, for weights about to be loaded.
+        device: where the weights live.
+        dtype: their dtype; drawn in fp32 and rounded once.
+    """
+    layers = []
+    for index, layer_class in enumerate(layer_classes(config)):
+        with torch.device("meta"):
+            layer = layer_class(config)
+        layer = layer.to(dtype).to_empty(device=device)
+        if seed is not None:
+            initialize_layer(layer, config, index, seed)
+        layers.append(layer)
+    return nn.Sequential(*layers)
