@@ -125,3 +125,8 @@ def _seconds(duration: float) -> str:
 
 
 format_duration = _seconds
+
+
+def print_warning(message: str) -> None:
+    """Say on standard error that something is not as it should be, but the work goes on."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
