@@ -1,0 +1,1 @@
+"""Documents become tokens once; tokens become samples by arithmetic."""

@@ -1,0 +1,158 @@
+"""The `.idx` file of a tokenised dataset: write it in blocks, read it believing nothing that was not checked.
+
+Everything is little-endian, nothing is aligned:
+
+    offset        size  content
+    0                9  b"MMIDIDX\\0\\0"
+    9                8  uint64 version, 1
+    17               1  uint8 type of an id: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
+    18               8  uint64 N, number of sequences
+    26               8  uint64 D, number of document boundaries: documents + 1
+    34             4 N  int32 length of every sequence in tokens
+    34 +  4 N      8 N  int64 offset of every sequence in the .bin in bytes
+    34 + 12 N      8 D  int64 boundaries: sequence where each document starts; the first is 0, the last is N
+
+Source: megatron/core/datasets/indexed_dataset.py of megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ttl.errors import DataError, raise_faults
+from megatron_ttl.files import checksum_bytes
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, document boundaries
+DTYPE_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
+LONGEST_SEQUENCE = 2**31 - 1
+_DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
+_CHUNK = 1 << 20  # entries handled at a time: bounds the memory for any number of documents
+_CURE = "copy the file again, or write the dataset again"
+
+
+def index_blocks(lengths: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:
+    """Yield the content of an index with one sequence per document, block by block.
+
+    Args:
+        lengths: tokens of each document, int32.  # [N]
+        dtype: type of an id in the `.bin`.
+    """
+    count = len(lengths)
+    yield HEADER.pack(MAGIC, 1, DTYPE_CODES[dtype.name], count, count + 1)
+    for start in range(0, count, _CHUNK):
+        yield lengths[start : start + _CHUNK].astype("<i4").tobytes()
+    offset = 0
+    for start in range(0, count, _CHUNK):
+        sizes = lengths[start : start + _CHUNK].astype(np.int64) * dtype.itemsize
+        yield (offset + np.cumsum(sizes) - sizes).astype("<i8").tobytes()
+        offset += int(sizes.sum())
+    for start in range(0, count + 1, _CHUNK):
+        yield np.arange(start, min(start + _CHUNK, count + 1), dtype="<i8").tobytes()
+
+
+class IndexFile:
+    """The arrays of an `.idx`, mapped and checked.
+
+    Attributes:
+        lengths: tokens of each sequence, int32.  # [N]
+        pointers: offset of each sequence in the `.bin` in bytes, int64.  # [N]
+        boundaries: sequence where each document starts, and the number of sequences, int64.  # [D]
+
+    Raises:
+        DataError: the file is no index, is cut short, or contradicts itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.size_bytes = path.stat().st_size
+            if self.size_bytes < HEADER.size:
+                raise DataError(f"{path}: ends in its header, after {self.size_bytes} bytes; the header has "
+                                f"{HEADER.size}; {_CURE}")
+            # The arrays below refer to this mapping and keep it alive; it is never closed by hand.
+            self._mapping = np.memmap(path, dtype=np.uint8, mode="r")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); it must be; {_CURE}") from None
+        self.size_bytes = len(self._mapping)
+        self.dtype, count, boundary_count = self._read_header()
+        self.lengths = self._array("<i4", HEADER.size, count)
+        self.pointers = self._array("<i8", HEADER.size + 4 * count, count)
+        self.boundaries = self._array("<i8", HEADER.size + 12 * count, boundary_count)
+        raise_faults(DataError, [fault for fault in (self._length_fault(), self._boundary_fault()) if fault])
+        self.token_count = self._check_pointers()
+
+    def checksum(self) -> str:
+        """Return the checksum of the file."""
+        return checksum_bytes(memoryview(self._mapping))
+
+    def _read_header(self) -> tuple[np.dtype, int, int]:
+        magic, version, code, count, boundary_count = HEADER.unpack(self._mapping[: HEADER.size].tobytes())
+        if magic != MAGIC:
+            raise DataError(f"{self.path}: begins with {magic!r}; an index begins with {MAGIC!r}; "
+                            f"check the prefix, {_CURE}")
+        faults = []
+        if version != 1:
+            faults.append(f"{self.path}: has version {version}; only version 1 is known; {_CURE}")
+        if code not in _DTYPE_NAMES:
+            what = "floating point" if code in (6, 7) else "unknown"
+            known = ", ".join(f"{number} {name}" for number, name in sorted(_DTYPE_NAMES.items()))
+            faults.append(f"{self.path}: its type code {code} is {what}; ids must be integers ({known}); "
+                          f"{_CURE}")
+        # Python's integers do not overflow, so absurd counts are caught here, before anything is allocated.
+        wanted = HEADER.size + 12 * count + 8 * boundary_count
+        if boundary_count < 1:
+            faults.append(f"{self.path}: counts no document boundary; the first, 0, is always there; {_CURE}")
+        elif self.size_bytes == wanted + count and count:
+            faults.append(f"{self.path}: has one byte too many per sequence, as multimodal data has; "
+                          "only text is read here; write the dataset without modes")
+        elif self.size_bytes != wanted:
+            where = (f"ends {wanted - self.size_bytes:,} bytes early" if self.size_bytes < wanted
+                     else f"has {self.size_bytes - wanted:,} bytes too many")
+            faults.append(f"{self.path}: {where}; its header counts {count:,} sequences and "
+                          f"{boundary_count:,} document boundaries, {wanted:,} bytes; {_CURE}")
+        raise_faults(DataError, faults)
+        return np.dtype(_DTYPE_NAMES[code]).newbyteorder("<"), count, boundary_count
+
+    def _array(self, dtype: str, offset: int, count: int) -> np.ndarray:
+        return np.frombuffer(self._mapping, dtype=dtype, count=count, offset=offset)
+
+    def _length_fault(self) -> str | None:
+        if not len(self.lengths) or self.lengths.min() > 0:
+            return None
+        number = int(np.argmax(self.lengths <= 0))
+        return (f"{self.path}: sequence {number} has {self.lengths[number]} tokens; every one has at least "
+                f"one; {_CURE}")
+
+    def _boundary_fault(self) -> str | None:
+        first, last, count = int(self.boundaries[0]), int(self.boundaries[-1]), len(self.lengths)
+        if first != 0 or last != count:
+            return (f"{self.path}: its documents span the sequences {first} to {last}; they must span 0 to "
+                    f"{count}; {_CURE}")
+        for start in range(0, len(self.boundaries) - 1, _CHUNK):
+            block = self.boundaries[start : start + _CHUNK + 1]
+            falls = block[1:] < block[:-1]
+            if falls.any():
+                number = start + int(np.argmax(falls))
+                return (f"{self.path}: document {number} ends before it begins (sequences "
+                        f"{self.boundaries[number]} to {self.boundaries[number + 1]}); boundaries "
+                        f"never fall; {_CURE}")
+        return None
+
+    def _check_pointers(self) -> int:
+        """Compare the pointers with the running sum of the lengths; return the number of tokens."""
+        tokens = 0
+        for start in range(0, len(self.lengths), _CHUNK):
+            lengths = self.lengths[start : start + _CHUNK].astype(np.int64)
+            ends = np.cumsum(lengths)
+            wrong = self.pointers[start : start + _CHUNK] != (tokens + ends - lengths) * self.dtype.itemsize
+            if wrong.any():
+                number = start + int(np.argmax(wrong))
+                raise DataError(f"{self.path}: sequence {number} points to byte {self.pointers[number]}, not "
+                                f"to the end of the one before; sequences follow one another without gaps; {_CURE}")
+            tokens += int(ends[-1])
+        return tokens

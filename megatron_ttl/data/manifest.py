@@ -1,0 +1,191 @@
+"""The `<prefix>.json` beside `<prefix>.bin` and `<prefix>.idx`: what the tokens are and how they came to be.
+
+Megatron's format has no place for the tokenizer, the EOS policy or a checksum; this file is that place.
+Megatron does not read it, and a dataset without it (written by another program) opens as foreign data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_ttl.errors import DataError, raise_faults
+
+VERSION = 1
+_LARGEST_BYTES = 64 << 20  # a manifest is some KB; what is larger is another file
+
+
+class DatasetPaths(NamedTuple):
+    """Files that belong to one prefix."""
+
+    bin: Path
+    idx: Path
+    manifest: Path
+    tokenizer: Path
+
+
+def dataset_paths(prefix: str | os.PathLike[str]) -> DatasetPaths:
+    """Return the files of `prefix`; a dot inside the prefix is part of its name."""
+    suffixes = (".bin", ".idx", ".json", ".tokenizer")
+    return DatasetPaths(*(Path(os.fspath(prefix) + suffix) for suffix in suffixes))
+
+
+class Part(BaseModel):
+    """One object of the manifest."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True,
+                              allow_inf_nan=False)
+
+
+class TokenizerRecord(Part):
+    """The tokenizer that made the ids."""
+
+    directory: str = Field(min_length=1)
+    """A copy of the tokenizer folder, relative to the manifest."""
+    checksum: str = Field(min_length=1)
+    """Checksum of the tokenizer, as `Tokenizer.checksum` gives it."""
+    vocab_size: int = Field(gt=0, lt=2**31)
+    """Every id is below it."""
+    eos_id: int = Field(ge=0)
+    """The id that ends a document."""
+    bos_id: int = Field(ge=0)
+    """The id that may begin one."""
+
+
+class FileRecord(Part):
+    """Size and checksum of one file."""
+
+    bytes: int = Field(ge=0)
+    """Its length."""
+    checksum: str = Field(pattern="^xxh3:[0-9a-f]{32}$")
+    """xxh3-128 of its content."""
+
+
+class SourceRecord(Part):
+    """One file of documents."""
+
+    file: str
+    """Name of the file."""
+    documents: int = Field(ge=0)
+    """Documents of it that are in this dataset."""
+
+
+class HeldOutRecord(Part):
+    """How documents were kept apart for evaluation."""
+
+    fraction: float = Field(ge=0, le=1)
+    """Share of the documents that was held out; 0: none."""
+    seed: int = Field(ge=0)
+    """Seed of the choice."""
+    role: Literal["train", "held_out"]
+    """On which side of the split this dataset lies."""
+
+
+class Description(Part):
+    """What the one who wrote the documents knows, and the files alone do not tell."""
+
+    text_bytes: int = Field(ge=0)
+    """UTF-8 bytes of the text before it was tokenised: for bytes per token and bits per byte."""
+    bos: bool = False
+    """Whether every document begins with `bos_id`."""
+    tokenizer: TokenizerRecord
+    sources: tuple[SourceRecord, ...] = ()
+    """Where the documents came from."""
+    held_out: HeldOutRecord | None = None
+    """The split this dataset belongs to; absent: it was not declared."""
+    rejected: dict[str, int] = Field(default_factory=dict)
+    """Lines of the input that became no document, by reason."""
+
+
+class DatasetManifest(Description):
+    """The whole manifest."""
+
+    format: Literal["megatron_ttl dataset"] = "megatron_ttl dataset"
+    version: Literal[1] = VERSION
+    dtype: Literal["uint16", "int32"]
+    """Type of an id in the `.bin`, little-endian."""
+    documents: int = Field(ge=0)
+    """Documents; each is one sequence of the `.idx`."""
+    tokens: int = Field(ge=0)
+    """Ids in the `.bin`, the EOS of every document included."""
+    eos: Literal["one_per_document_last"] = "one_per_document_last"
+    """Every document ends with `eos_id`, which appears nowhere else."""
+    bin: FileRecord
+    idx: FileRecord
+
+
+def dump_manifest(manifest: DatasetManifest) -> str:
+    """Return the text of the manifest's file."""
+    return json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_manifest(path: Path) -> DatasetManifest:
+    """Read and validate a manifest.
+
+    Raises:
+        DataError: it cannot be read, is no JSON, is of another version, or a field is wrong.
+    """
+    cure = "write the dataset again with tools/preprocess_data.py"
+    try:
+        with open(path, "rb") as handle:
+            payload = handle.read(_LARGEST_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); it must be a manifest; {cure}") from None
+    if len(payload) > _LARGEST_BYTES:
+        raise DataError(f"{path}: is larger than 64 MiB; it must be a manifest of some KB; {cure}")
+    try:
+        value = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not JSON ({error}); it must be a dataset's manifest; {cure}") from None
+    if not isinstance(value, dict) or value.get("format") != "megatron_ttl dataset":
+        raise DataError(f"{path}: is no manifest; its 'format' must be 'megatron_ttl dataset'; {cure}")
+    if value.get("version") != VERSION:
+        raise DataError(
+            f"{path}: has version {value.get('version')!r}; this program reads version {VERSION}; "
+            f"use the program that wrote it, or {cure}"
+        )
+    try:
+        return DatasetManifest.model_validate_json(payload)
+    except ValidationError as error:
+        faults = [
+            f"{path}: {'.'.join(map(str, fault['loc'])) or 'the manifest'}: {fault['msg']}; "
+            f"it must be as the dataset's writer left it; {cure}"
+            for fault in error.errors(include_url=False, include_context=False, include_input=False)
+        ]
+        raise DataError(*faults) from None
+
+
+def require_same_tokens(manifests: dict[str, DatasetManifest], task: str) -> None:
+    """Refuse datasets whose ids do not mean the same: tokenizer, EOS id and BOS policy must be equal.
+
+    Args:
+        manifests: manifest by prefix; the first one is what the others are compared with.
+        task: what they are wanted for, a phrase of the message ("training").
+
+    Raises:
+        DataError: one fault for every property that differs.
+    """
+    faults = []
+    items = list(manifests.items())
+    for prefix, manifest in items[1:]:
+        first_prefix, first = items[0]
+        pairs = [
+            ("tokenizer checksum", manifest.tokenizer.checksum, first.tokenizer.checksum),
+            ("EOS id", manifest.tokenizer.eos_id, first.tokenizer.eos_id),
+            ("BOS policy", _bos_policy(manifest), _bos_policy(first)),
+        ]
+        for name, value, wanted in pairs:
+            if value != wanted:
+                faults.append(
+                    f"{prefix}: {name} is {value}, that of {first_prefix} is {wanted}; they must be equal "
+                    f"for {task}; tokenise both with the same tokenizer and options"
+                )
+    raise_faults(DataError, faults)
+
+
+def _bos_policy(manifest: DatasetManifest) -> str:
+    return f"one BOS ({manifest.tokenizer.bos_id}) per document" if manifest.bos else "no BOS"
