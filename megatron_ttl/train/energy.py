@@ -1,8 +1,9 @@
 """Measure the energy a run draws and the CO2e of its electricity: the only door to codecarbon.
 
-One meter per node: codecarbon counts the whole machine, so a second meter beside it would count everything twice.
-All calls to codecarbon are made by one thread of the meter. Training can therefore neither be delayed nor stopped by it,
-and codecarbon's own timer, which would race with a `flush()` from another thread and count an interval twice, is idle.
+One meter per node: codecarbon counts the whole machine, so a second meter beside it would count all twice.
+All calls to codecarbon are made by one thread of the meter. Training can therefore neither be delayed nor
+stopped by it, and codecarbon's own timer, which would race with a `flush()` from another thread and count an
+interval twice, is idle.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _SAVE_WAIT_S = 2.0
 _CLOSE_WAIT_S = 5.0
 _NEVER_S = 1e8  # codecarbon's own timer: longer than any run
 # Beginnings of codecarbon's descriptions of hardware that has a counter of energy or power.
-_MEASURED = ("gpu(", "cpu(intel rapl)", "cpu(windows emi)", "cpu(intel power gadget)", "applesiliconchip", "raspberry")
+_MEASURED = ("gpu(", "cpu(intel rapl)", "cpu(windows emi)", "cpu(intel power gadget)", "applesiliconchip",
+             "raspberry")
 
 
 class Tracker(Protocol):
@@ -45,8 +47,8 @@ Receiver = Callable[[float, float], None]  # (kWh, kg CO2e) since the tracker st
 class EnergyMeter:
     """Count kWh and kg CO2e of this node on top of what the checkpoint carried; a context manager.
 
-    `measures` is true on the first rank of each node. Give `carried` to one rank of the run alone: then the sum of
-    `totals` over all ranks is the run's. A failure becomes one warning, and the readings stay at the last totals.
+    `measures` is true on the first rank of each node. Give `carried` to one rank of the run alone: then the
+    sum of `totals` over all ranks is the run's. A failure becomes one warning, and the readings stay as they are.
     """
 
     def __init__(self, config: EnergyConfig, output_dir: Path, measures: bool = True,
@@ -82,10 +84,10 @@ class EnergyMeter:
         return self._carried[0] + self._drawn[0], self._carried[1] + self._drawn[1]
 
     def reading(self) -> dict[str, Any]:
-        """Return the totals of the last measurement for a row of metrics, at no cost; empty while switched off.
+        """Return the totals of the last measurement for a row of metrics, at no cost; empty if switched off.
 
-        `energy_source` says of each component whether it is measured or estimated; `energy_stale` is there, and
-        true, while the measurement fails.
+        `energy_source` says of each component whether it is measured or estimated; `energy_stale` is there,
+        and true, while the measurement fails.
         """
         if not self._config.enabled:
             return {}
@@ -104,8 +106,8 @@ class EnergyMeter:
             self._wanted.set()
             self._answered.wait(_SAVE_WAIT_S)
         energy_kwh, emissions_kg = self.totals
-        return {"energy_kwh": energy_kwh, "emissions_kg_co2e": emissions_kg, "energy_source": dict(self._sources),
-                "country_iso_code": self._config.country_iso_code}
+        return {"energy_kwh": energy_kwh, "emissions_kg_co2e": emissions_kg,
+                "energy_source": dict(self._sources), "country_iso_code": self._config.country_iso_code}
 
     def _receive(self, energy_kwh: float, emissions_kg: float) -> None:
         """Keep the tracker's totals; never step back and never take what is not a number."""
@@ -150,8 +152,10 @@ class EnergyMeter:
 def open_codecarbon(config: EnergyConfig, output_dir: Path, receive: Receiver) -> Tracker:
     """Build codecarbon's offline tracker of the whole machine; it writes no file and needs no network.
 
-    Whatever codecarbon would take from its own configuration file or environment and would change a total is set
-    here, so that the run file alone explains the figures. Source: codecarbon 3.3.2, `emissions_tracker.py`.
+    Whatever codecarbon would take from its own configuration file or environment and would change a total is
+    set here, so that the run file alone explains the figures.
+
+    Source: codecarbon 3.3.2, `emissions_tracker.py`.
     """
     import codecarbon
 
@@ -171,22 +175,24 @@ def open_codecarbon(config: EnergyConfig, output_dir: Path, receive: Receiver) -
     return codecarbon.OfflineEmissionsTracker(
         country_iso_code=config.country_iso_code, region=None, cloud_provider=None, cloud_region=None,
         country_2letter_iso_code=None, tracking_mode="machine", measure_power_secs=_NEVER_S, pue=1.0, wue=0,
-        force_cpu_power=None, force_ram_power=None, force_carbon_intensity_g_co2e_kwh=None, output_dir=str(output_dir),
-        output_methods=[], output_handlers=[Handler()], emissions_endpoint=None, electricitymaps_api_token="",
-        allow_multiple_runs=True, log_level="error")  # several runs: no lock file, which a killed run would leave
+        force_cpu_power=None, force_ram_power=None, force_carbon_intensity_g_co2e_kwh=None,
+        output_dir=str(output_dir), output_methods=[], output_handlers=[Handler()], emissions_endpoint=None,
+        electricitymaps_api_token="", log_level="error",
+        allow_multiple_runs=True)  # without it there is a lock file, which a killed run would leave
 
 
 def energy_sources(tracker: Any) -> dict[str, str]:
-    """Say of each component of a tracker whether its energy is measured or estimated; `unknown` if it cannot be told."""
+    """Say of each component whether its energy is measured or estimated; `unknown` if it cannot be told."""
     try:
-        descriptions = [str(part.description()) for part in tracker._hardware]  # codecarbon has no public word for it
+        # codecarbon has no public word for it
+        descriptions = [str(part.description()) for part in tracker._hardware]
     except Exception:
         return {"all": "unknown"}
     return label_hardware(descriptions)
 
 
 def label_hardware(descriptions: Iterable[str]) -> dict[str, str]:
-    """Turn codecarbon's descriptions (`CPU(Intel Rapl)`, `RAM()`) into `{"cpu": "measured", "ram": "estimated"}`."""
+    """Turn descriptions (`CPU(Intel Rapl)`, `RAM()`) into `{"cpu": "measured", "ram": "estimated"}`."""
     labels = {}
     for text in descriptions:
         component = text.lower().split("(")[0].strip()
@@ -195,7 +201,7 @@ def label_hardware(descriptions: Iterable[str]) -> dict[str, str]:
 
 
 def known_countries() -> dict[str, str] | None:
-    """Return ISO alpha-3 code -> name of every country in codecarbon's table; None where codecarbon is absent.
+    """Return code -> name of every country in codecarbon's table; None where codecarbon is absent.
 
     Reads the data file without importing the package, which takes a quarter of a second and pandas.
     """
@@ -209,28 +215,29 @@ def known_countries() -> dict[str, str] | None:
 
 
 def known_country(code: str) -> bool:
-    """Whether codecarbon knows the electricity of this country; true where codecarbon is absent and cannot say."""
+    """Whether codecarbon knows this country's electricity; true where it is absent and cannot say."""
     countries = known_countries()
     return countries is None or code in countries
 
 
 def country_faults(config: EnergyConfig, where: str = "energy.country_iso_code") -> list[str]:
-    """Return what is wrong with the country: codecarbon would silently take the world's average for an unknown one."""
+    """Return what is wrong with the country: codecarbon would take the world's average for an unknown one."""
     if not config.enabled:
         return []
     advice = "write the country whose electricity is used, e.g. \"BRA\", or energy.enabled = false"
     if config.country_iso_code is None:
-        return [f"{where}: it is missing; it must be an ISO 3166 alpha-3 code, for emissions are never guessed; {advice}"]
+        return [f"{where}: it is missing; it must be an ISO 3166 alpha-3 code, emissions are never guessed; "
+                f"{advice}"]
     if known_country(config.country_iso_code):
         return []
-    return [f"{where}: {config.country_iso_code!r} is not in codecarbon's table; it must be the ISO 3166 alpha-3 code "
-            f"of a country there; {advice}"]
+    return [f"{where}: {config.country_iso_code!r} is not in codecarbon's table; it must be the ISO 3166 "
+            f"alpha-3 code of a country there; {advice}"]
 
 
 def carry_on(checkpoint: dict[str, Any] | None, last_row: dict[str, Any] | None) -> dict[str, float]:
     """Return the larger totals of a checkpoint and of the last row of metrics.
 
-    A killed run drew energy after its last checkpoint; the row knows it, and the sum over the run must not step back.
+    A killed run drew energy after its last checkpoint. The row knows it, and the run's sum must not step back.
     """
     energy, emissions = (max(pair) for pair in zip(_amounts(checkpoint), _amounts(last_row), strict=True))
     return {"energy_kwh": energy, "emissions_kg_co2e": emissions}
