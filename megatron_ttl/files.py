@@ -58,6 +58,38 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     fsync_directory(path.parent)
 
 
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a temporary folder beside `path`; on success it takes the name `path`, on failure it is gone.
+
+    A folder already at `path` is replaced: it stays whole until the new one is complete and on the disk.
+
+    Raises:
+        OSError: what the disk said; the folder at `path` is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, former = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "former"))
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                fsync_file(Path(folder, name))
+            fsync_directory(Path(folder))
+        if path.exists():
+            os.rename(path, former)
+        os.rename(temporary, path)
+    except BaseException:
+        if former.exists() and not path.exists():
+            os.rename(former, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_directory(path.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` atomically as UTF-8."""
     with atomic_write(path, "w") as handle:

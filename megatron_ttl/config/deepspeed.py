@@ -1,1 +1,221 @@
-"""(being written)"""
+"""The machine profile (DeepSpeed JSON): which keys we honour, who owns the others, and what DeepSpeed receives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from megatron_ttl.config.checks import Fault, accumulation
+from megatron_ttl.config.schema import Section
+
+if TYPE_CHECKING:
+    from megatron_ttl.config.load import Settings
+
+_NEVER = 2**31 - 1  # steps_per_print: the lines of a run are ours
+
+
+class ZeroConfig(Section):
+    """How the state of the training is spread over the processes. Left out: DeepSpeed's own default."""
+
+    stage: Literal[0, 1, 2, 3]
+    """0 nothing, 1 moments, 2 gradients too, 3 weights too. Use 1 on one process as well."""
+    overlap_comm: bool | None = None
+    """Reduce gradients while the backward pass is still running."""
+    contiguous_gradients: bool | None = None
+    """Copy gradients into one buffer as they appear."""
+    reduce_scatter: bool | None = None
+    """Reduce-scatter instead of all-reduce."""
+    reduce_bucket_size: int | None = Field(default=None, gt=0)
+    """Elements reduced at a time."""
+    allgather_bucket_size: int | None = Field(default=None, gt=0)
+    """Elements gathered at a time."""
+    stage3_prefetch_bucket_size: int | None = Field(default=None, ge=0)
+    """Stage 3: elements fetched ahead of use."""
+    stage3_param_persistence_threshold: int | None = Field(default=None, ge=0)
+    """Stage 3: weights smaller than this stay whole on every process."""
+    stage3_max_live_parameters: int | None = Field(default=None, ge=0)
+    """Stage 3: elements that may be whole at a time."""
+
+
+class Bf16Config(Section):
+    """bfloat16 weights and activations over fp32 master weights."""
+
+    enabled: bool
+    """true: bf16; false, or no such section: fp32."""
+
+
+class DataTypesConfig(Section):
+    """Number formats inside the engine."""
+
+    grad_accum_dtype: Literal["fp32"] = "fp32"
+    """Gradients are added up in fp32; bf16 sums lose the small ones."""
+
+
+class ParallelConfig(Section):
+    """How the machine is cut; read and removed before DeepSpeed sees the file."""
+
+    tensor: int = Field(default=1, gt=0)
+    """Tensor-parallel degree; 1 in this release."""
+    pipeline: int = Field(default=1, gt=0)
+    """Pipeline-parallel degree; 1 in this release."""
+
+
+class DeepSpeedProfile(Section):
+    """The keys of the DeepSpeed JSON that we honour: what changes speed and memory, never the loss curve."""
+
+    train_micro_batch_size_per_gpu: int = Field(gt=0)
+    """Sequences that one process computes at a time."""
+    zero_optimization: ZeroConfig
+    bf16: Bf16Config | None = None
+    data_types: DataTypesConfig | None = None
+    communication_data_type: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which gradients travel between processes."""
+    wall_clock_breakdown: bool = False
+    """Time the parts of a step; it waits for the device, so the run is slower."""
+    parallel: ParallelConfig | None = None
+
+    @property
+    def precision(self) -> Literal["bf16", "fp32"]:
+        """Number format of weights and activations in the forward and backward pass."""
+        return "bf16" if self.bf16 is not None and self.bf16.enabled else "fp32"
+
+
+_AUTO = "absent or \"auto\""
+_RUN_OWNED = {
+    "optimizer": "[optimizer] of the run file owns it",
+    "scheduler": "[schedule] of the run file owns it",
+    "gradient_clipping": "train.gradient_clipping of the run file owns it",
+    "train_batch_size": "train.tokens_per_step of the run file owns it",
+    "gradient_accumulation_steps": "it is derived from train.tokens_per_step of the run file",
+    "steps_per_print": "log.every_steps of the run file owns it",
+}
+_NOT_OFFERED = {
+    "fp16": "fp16 needs loss scaling, which is not in this release; use {\"bf16\": {\"enabled\": true}} or fp32",
+    "torch_autocast": "bf16 with fp32 master weights is offered instead: {\"bf16\": {\"enabled\": true}}",
+    "activation_checkpointing": "recomputing activations is not available yet; lower the micro batch",
+    "tensor_parallel": "the degrees stand in \"parallel\": {\"tensor\": 1, \"pipeline\": 1}",
+    "pipeline": "the degrees stand in \"parallel\": {\"tensor\": 1, \"pipeline\": 1}",
+    "sequence_parallel_size": "the degrees stand in \"parallel\": {\"tensor\": 1, \"pipeline\": 1}",
+    "checkpoint": "[checkpoint] of the run file and our own store keep the run",
+    "wandb": "log.wandb of the run file owns it",
+    "tensorboard": "metrics.jsonl in the run folder has every figure",
+    "csv_monitor": "metrics.jsonl in the run folder has every figure",
+    "comet": "metrics.jsonl in the run folder has every figure",
+    "flops_profiler": "the log line and metrics.jsonl give the MFU, from counted matrix products",
+    "comms_logger": "it is not offered in this release",
+    "autotuning": "it is not offered in this release",
+    "compile": "it is not offered in this release",
+    "data_efficiency": "the order of the data is a function of run.seed of the run file",
+    "seed": "run.seed of the run file owns it",
+    "timers": "DeepSpeed's throughput timer waits for the device in every micro step and is always off",
+    "zero_allow_untested_optimizer": "it is set by us",
+    "prescale_gradients": "it is not offered in this release",
+    "gradient_predivide_factor": "it is not offered in this release",
+    "gradient_allreduce_op": "gradients are averaged",
+    "dump_state": "`tools/show_config.py` prints the settings",
+    "memory_breakdown": "the log line and metrics.jsonl give the memory",
+    "dataloader_drop_last": "the samples of a step are a function of run.seed of the run file",
+    "aio": "offloading is not available yet",
+    "zero_optimization.offload_optimizer": "offloading is not available yet; use a higher stage or a smaller micro batch",
+    "zero_optimization.offload_param": "offloading is not available yet; use a higher stage or a smaller micro batch",
+    "zero_optimization.cpu_offload": "offloading is not available yet; use a higher stage or a smaller micro batch",
+    "zero_optimization.compute_grad_norm": "the norm is logged and clipped, so it is always computed",
+    "zero_optimization.allgather_partitions": "it stays at DeepSpeed's default",
+    "zero_optimization.round_robin_gradients": "it helps offloading alone, which is not available yet",
+    "zero_optimization.sub_group_size": "it helps offloading alone, which is not available yet",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "our own checkpoint store gathers the weights",
+    "data_types.param_dtype": "\"bf16\" decides it",
+}
+_REMOVED = (
+    "nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue", "sparse_attention",
+    "elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop",
+    "zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather",
+    "zero_optimization.zeropp_loco_param",
+)
+OWNED_KEYS = tuple(_RUN_OWNED)
+NOTES = ("_comment", "_device")
+
+
+def take_notes_and_owned(raw: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
+    """Return the JSON without its notes and without the keys of others, and the faults these have."""
+    kept, faults = dict(raw), []
+    for key, value in raw.items():
+        section = isinstance(value, dict)
+        if key in _RUN_OWNED:
+            del kept[key]
+            if value != "auto":
+                faults.append((key, f"has a value; must be {_AUTO}: {_RUN_OWNED[key]}; remove it here and set it there"))
+        elif key == "_comment":
+            del kept[key]
+            if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+                faults.append((key, "is neither text nor a list of texts; must be one of them; rewrite it"))
+        elif key == "_device":
+            del kept[key]
+            if not isinstance(value, str):
+                faults.append((key, "is no text; must name the accelerator; e.g. \"A100\""))
+        elif (sentence := _refusal(key)):
+            del kept[key]
+            faults.append((key, sentence))
+        elif section:
+            kept[key] = dict(value)
+            for inner in value:
+                if (sentence := _refusal(f"{key}.{inner}")):
+                    del kept[key][inner]
+                    faults.append((f"{key}.{inner}", sentence))
+    return kept, faults
+
+
+def _refusal(key: str) -> str:
+    if key in _REMOVED:
+        return "was removed from DeepSpeed in 0.19.8; must be absent; remove it"
+    return f"is not available here; must be absent: {_NOT_OFFERED[key]}; remove it" if key in _NOT_OFFERED else ""
+
+
+def profile_faults(profile: DeepSpeedProfile, wrong: frozenset[str]) -> list[Fault]:
+    """Return the faults between the keys of a profile, leaving out rules about keys that are `wrong` by themselves."""
+    faults: list[Fault] = []
+    bf16 = "bf16" not in wrong and "bf16.enabled" not in wrong and profile.precision == "bf16"
+    if bf16 and not wrong & {"zero_optimization", "zero_optimization.stage"} and profile.zero_optimization.stage == 0:
+        faults.append(("zero_optimization.stage", "is 0 with bf16; must be 1, 2 or 3: DeepSpeed's stage 0 makes an empty "
+                       "optimizer step first in bf16, so Adam counts its first step twice; use stage 1, which takes the "
+                       "same memory on one process"))
+    if not bf16 and "communication_data_type" not in wrong and profile.communication_data_type == "bf16":
+        faults.append(("communication_data_type", "is \"bf16\" in an fp32 run; must be \"fp32\" there, or gradients are "
+                       "rounded on their way; remove it or enable bf16"))
+    for degree in ("tensor", "pipeline"):
+        if profile.parallel is not None and f"parallel.{degree}" not in wrong and "parallel" not in wrong:
+            value = getattr(profile.parallel, degree)
+            if value != 1:
+                faults.append((f"parallel.{degree}", f"is {value:,}; must be 1 in this release: other degrees are not "
+                               "available yet; set it to 1 (data-parallel processes and ZeRO work)"))
+    return faults
+
+
+def resolve_deepspeed(settings: Settings, data_parallel_size: int) -> dict[str, Any]:
+    """Return the one dict that `deepspeed.initialize` receives.
+
+    Raises:
+        ConfigError: tokens_per_step is no multiple of micro batch x sequence x data_parallel_size.
+    """
+    profile, run = settings.profile, settings.run
+    passes = accumulation(settings, data_parallel_size)
+    bf16 = profile.precision == "bf16"
+    resolved: dict[str, Any] = {
+        "train_batch_size": run.samples_per_step,
+        "train_micro_batch_size_per_gpu": profile.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": passes,
+        "gradient_clipping": run.train.gradient_clipping,
+        "zero_optimization": profile.zero_optimization.model_dump(exclude_none=True),
+        "bf16": {"enabled": bf16},
+        "communication_data_type": profile.communication_data_type,
+        "steps_per_print": _NEVER,
+        "wall_clock_breakdown": profile.wall_clock_breakdown,
+        "zero_allow_untested_optimizer": True,
+        # DeepSpeed's throughput timer waits for the device twice in every micro step; our log line does not need it.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
+    }
+    if bf16:
+        # DeepSpeed's own default adds gradients up in bf16.
+        resolved["data_types"] = {"grad_accum_dtype": "fp32"}
+    return resolved

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 class Section(BaseModel):
     """One table of the run file."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True,
-                              allow_inf_nan=False)
+    # Built when first used, and documented by config/describe.py when asked: importing this must be quick.
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class RunConfig(Section):
@@ -181,9 +181,9 @@ class RunFile(Section):
     train: TrainConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig
-    log: LogConfig = LogConfig()
+    log: LogConfig = Field(default_factory=LogConfig)
     energy: EnergyConfig
 
     @property

@@ -153,6 +153,6 @@ class IndexFile:
             if wrong.any():
                 number = start + int(np.argmax(wrong))
                 raise DataError(f"{self.path}: sequence {number} points to byte {self.pointers[number]}, not "
-                                f"to the end of the one before; sequences follow one another without gaps; {_CURE}")
+                                f"to the end of the one before; sequences follow without gaps; {_CURE}")
             tokens += int(ends[-1])
         return tokens

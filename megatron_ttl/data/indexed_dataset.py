@@ -1,8 +1,8 @@
 """Write and read tokenised documents in Megatron's format: `.bin` and `.idx`, with a manifest beside.
 
 `<prefix>.bin` holds nothing but ids, document after document; `<prefix>.idx` says where each one begins (its
-layout is drawn in `index_file.py`). We write one sequence per document; the reader takes several, as Megatron's
-`--split-sentences` makes them.
+layout is drawn in `index_file.py`). We write one sequence per document; the reader takes several, as Megatron
+makes them with `--split-sentences`.
 
 Source: megatron/core/datasets/indexed_dataset.py of megatron-core 0.16.1; the tests compare byte for byte.
 """

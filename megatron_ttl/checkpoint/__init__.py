@@ -1,0 +1,1 @@
+"""The hinge: training state <-> checkpoint folder <-> Hugging Face model folder."""

@@ -1,0 +1,85 @@
+"""Read JSON that someone else may have written: bounded in size and depth, without duplicate keys, NaN or surprises."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_ttl.errors import CheckpointError
+
+MAX_JSON_BYTES = 4 << 20
+"""Enough for the manifest of 30,000 tensors; what is larger was not written by us."""
+
+_CURE = "restore the file from a copy, or use another checkpoint or model folder"
+
+
+def read_regular_file(path: Path, limit_bytes: int, follow_links: bool = False) -> bytes:
+    """Return the bytes of a regular file of at most `limit_bytes`.
+
+    Args:
+        path: the file.
+        limit_bytes: larger ones are refused unread.
+        follow_links: whether a symbolic link is accepted; model folders of Hugging Face's cache consist of them.
+
+    Raises:
+        CheckpointError: it is missing, cannot be read, is no regular file or is too large.
+    """
+    # Without O_NONBLOCK, opening a FIFO would wait for ever.
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        what = "is a symbolic link" if path.is_symlink() and not follow_links else f"cannot be read ({error.strerror})"
+        raise CheckpointError(f"{path}: {what}; it must be a regular file; {_CURE}") from None
+    with open(descriptor, "rb") as handle:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: is no regular file; it must be one; {_CURE}")
+        if status.st_size > limit_bytes:
+            raise CheckpointError(f"{path}: has {status.st_size:,} bytes; it must have at most {limit_bytes:,}; {_CURE}")
+        try:
+            return handle.read(limit_bytes)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); it must be readable; {_CURE}") from None
+
+
+def read_json_object(path: Path, follow_links: bool = False) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        CheckpointError: the file cannot be read or is not strict JSON.
+    """
+    return parse_json_object(read_regular_file(path, MAX_JSON_BYTES, follow_links), path)
+
+
+def parse_json_object(payload: bytes, path: Path) -> dict[str, Any]:
+    """Parse one JSON object; NaN, infinity and duplicate keys are refused.
+
+    Raises:
+        CheckpointError: it is something else; the fault names `path`.
+    """
+    try:
+        value = json.loads(payload.decode("utf-8"), parse_constant=_refuse_constant,
+                           object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise CheckpointError(f"{path}: is nested too deeply; it must be a plain JSON object; {_CURE}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}); it must be a JSON object; {_CURE}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {type(value).__name__}; it must be a JSON object; {_CURE}")
+    return value
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        raise ValueError(f"key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} stands there twice")
+    return result

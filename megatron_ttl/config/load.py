@@ -1,0 +1,176 @@
+"""Load the run file, the DeepSpeed JSON and the overrides; report every fault of all three at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ttl.config.checks import Fault, accumulation, accumulation_fault, check_world, run_faults
+from megatron_ttl.config.deepspeed import (
+    NOTES,
+    OWNED_KEYS,
+    DeepSpeedProfile,
+    profile_faults,
+    take_notes_and_owned,
+)
+from megatron_ttl.config.describe import known_keys, leaf_keys
+from megatron_ttl.config.overrides import WHERE as COMMAND_LINE
+from megatron_ttl.config.overrides import apply_overrides
+from megatron_ttl.config.read import parse_json, parse_toml, read_text
+from megatron_ttl.config.schema import RunFile
+from megatron_ttl.config.suggest import did_you_mean, nearest_keys, split_key
+from megatron_ttl.config.validate import Checked, validate
+from megatron_ttl.errors import ConfigError, raise_faults
+
+__all__ = ["Reading", "Settings", "accumulation", "check_world", "load_settings", "read_settings"]
+
+DEFAULT = "default"
+"""Origin of a key that neither file nor command line gives."""
+
+_OTHER_NAMES = {  # what the same thing is called elsewhere
+    "learning_rate": "optimizer.lr", "max_lr": "optimizer.lr", "wd": "optimizer.weight_decay",
+    "adam_beta1": "optimizer.betas", "adam_beta2": "optimizer.betas", "adam_epsilon": "optimizer.eps",
+    "grad_clip": "train.gradient_clipping", "clip_grad": "train.gradient_clipping", "clip": "train.gradient_clipping",
+    "max_steps": "train.steps", "train_iters": "train.steps", "total_steps": "train.steps", "epochs": "train.tokens",
+    "seq_length": "train.sequence_length", "seq_len": "train.sequence_length", "block_size": "train.sequence_length",
+    "num_layers": "model.num_hidden_layers", "n_layer": "model.num_hidden_layers",
+    "num_heads": "model.num_attention_heads", "n_head": "model.num_attention_heads",
+    "ffn_hidden_size": "model.intermediate_size", "dim": "model.hidden_size", "d_model": "model.hidden_size",
+    "lr_scheduler_type": "schedule.kind", "batch_size": "train.tokens_per_step", "output_dir": "run.dir",
+    "save_steps": "checkpoint.every_steps", "eval_steps": "evaluation.every_steps",
+    "logging_steps": "log.every_steps", "country": "energy.country_iso_code",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run needs to know, checked; where each value came from; and both files as they were given."""
+
+    run: RunFile
+    profile: DeepSpeedProfile
+    origins: dict[str, str]
+    """Dotted key -> the file that gives it, 'command line' or 'default'."""
+    run_text: str
+    deepspeed_text: str
+    run_path: Path
+    deepspeed_path: Path
+    device: str | None = None
+    """Accelerator that the profile was written for (`_device`), for estimates."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Settings with all their faults: complete and usable only when there are none."""
+
+    settings: Settings
+    faults: list[str]
+    wrong: frozenset[str]
+    """Keys whose value cannot be used; rules about them must not be applied."""
+
+
+def load_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
+                  overrides: Iterable[str] = ()) -> Settings:
+    """Return the checked settings of a run.
+
+    Raises:
+        ConfigError: with every fault of both files and of the overrides.
+    """
+    reading = read_settings(deepspeed_config, run_config, overrides)
+    raise_faults(ConfigError, reading.faults)
+    return reading.settings
+
+
+def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
+                  overrides: Iterable[str] = (), data_parallel_size: int | None = None) -> Reading:
+    """Read and check everything; with `data_parallel_size`, also how the steps are shared out."""
+    run_path, deepspeed_path = Path(run_config), Path(deepspeed_config)
+    run_text, faults = read_text(run_path, "a run file in TOML", "--config")
+    deepspeed_text, more = read_text(deepspeed_path, "a DeepSpeed configuration in JSON", "--deepspeed_config")
+    faults += more
+    run, run_origin, more = _check_run(run_text, run_path, list(overrides))
+    faults += more
+    profile, origin, device, more = _check_profile(deepspeed_text, deepspeed_path)
+    faults += more
+    wrong = run.wrong | profile.wrong
+    if data_parallel_size is not None and not wrong & {
+            "train", "train.tokens_per_step", "train.sequence_length", "train_micro_batch_size_per_gpu"}:
+        fault = accumulation_fault(run.value.train.tokens_per_step, run.value.train.sequence_length,
+                                   profile.value.train_micro_batch_size_per_gpu, data_parallel_size)
+        faults += [f"{deepspeed_path}: train_micro_batch_size_per_gpu: {fault}"] if fault else []
+    settings = Settings(run.value, profile.value, run_origin | origin, run_text, deepspeed_text, run_path,
+                        deepspeed_path, device)
+    return Reading(settings, faults, wrong)
+
+
+def _check_run(text: str, path: Path, overrides: list[str]
+               ) -> tuple[Checked[RunFile], dict[str, str], list[str]]:
+    raw, broken = parse_toml(text, path)
+    merged, given, bad = apply_overrides(raw, overrides, _unknown_in_run)
+    faults = broken + [f"{COMMAND_LINE}: {key}: {fault}" for key, fault in bad]
+    checked = validate(RunFile, merged, _unknown_in_run)
+    if broken or not text:
+        # Nothing of the file is known: say nothing about what it lacks, and apply no rule.
+        return Checked(checked.value, (), frozenset(known_keys(RunFile))), {}, faults
+    found = [*checked.faults, *run_faults(checked.value, checked.wrong)]
+    faults += [f"{COMMAND_LINE if key.partition('[')[0] in given else path}: {key}: {fault}" for key, fault in found]
+    origins = {}
+    for key in leaf_keys(RunFile):
+        section, leaf = split_key(key)
+        in_file = isinstance(merged.get(section), dict) and leaf in merged[section]
+        origins[key] = COMMAND_LINE if key in given else str(path) if in_file else DEFAULT
+    return checked, origins, faults
+
+
+def _check_profile(text: str, path: Path) -> tuple[Checked[DeepSpeedProfile], dict[str, str], str | None, list[str]]:
+    raw, broken = parse_json(text, path) if text else ({}, [])
+    kept, bad = take_notes_and_owned(raw)
+    checked = validate(DeepSpeedProfile, kept, _unknown_in_profile)
+    if broken or not text:
+        return Checked(checked.value, (), frozenset(known_keys(DeepSpeedProfile))), {}, None, broken
+    found = [*bad, *checked.faults, *profile_faults(checked.value, checked.wrong)]
+    origins = {}
+    for key in leaf_keys(DeepSpeedProfile):
+        section, leaf = split_key(key)
+        table = kept.get(section) if section else kept
+        origins[key] = str(path) if isinstance(table, dict) and leaf in table else DEFAULT
+    device = raw.get("_device") if isinstance(raw.get("_device"), str) else None
+    return checked, origins, device, [f"{path}: {key}: {fault}" for key, fault in found]
+
+
+def _unknown_in_run(key: str) -> tuple[str, set[str]]:
+    others = [*known_keys(DeepSpeedProfile), *OWNED_KEYS]
+    return _unknown(key, known_keys(RunFile), others, "the run file", "the DeepSpeed JSON")
+
+
+def _unknown_in_profile(key: str) -> tuple[str, set[str]]:
+    own = [*known_keys(DeepSpeedProfile), *OWNED_KEYS, *NOTES]
+    return _unknown(key, own, known_keys(RunFile), "the DeepSpeed JSON", "the run file")
+
+
+def _unknown(key: str, own: list[str], others: list[str], file: str, other_file: str) -> tuple[str, set[str]]:
+    """Return the fault of an unknown key, and the keys of this file that were probably meant."""
+    path = "".join(char for char in key if not char.isdigit()) if "[" in key else key
+    leaf = split_key(path)[1].lower()
+    here, there = nearest_keys(path, own), nearest_keys(path, others)
+    if leaf in _OTHER_NAMES and leaf not in {split_key(name)[1] for name in (*here, *there)}:
+        target = _OTHER_NAMES[leaf]
+        here, there = ([target], []) if target in own else ([], [target])
+    exact_there = any(split_key(name)[1] == leaf for name in there)
+    exact_here = any(split_key(name)[1].replace("[]", "") == leaf for name in here)
+    if there and (not here or (exact_there and not exact_here)):
+        name = there[0]
+        return (f"is not a key of {file}; it belongs to {other_file}, as {name}; remove it here"
+                f"{' and edit that file' if other_file != 'the run file' else ' and set it there'}", set())
+    section = split_key(path)[0]
+    if here:
+        elsewhere = sorted({split_key(name)[0] for name in here if split_key(name)[0] != section})
+        place = "must stand " + " or ".join(f"in [{name}]" if name else "at the top" for name in elsewhere) if elsewhere \
+            else "must be spelt as it knows it"
+        owned = " (the run file owns it)" if any(name in OWNED_KEYS for name in here) else ""
+        return f"is not a key of {file} here; {place}; {did_you_mean(here)}{owned}", set(here)
+    siblings = [split_key(name)[1] for name in own if split_key(name)[0] == section]
+    expected = ", ".join(siblings) if siblings else ", ".join(name for name in own if "." not in name)
+    return f"is not a key of {file}; must be one of {expected}; remove it", set()

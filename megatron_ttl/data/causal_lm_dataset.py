@@ -1,0 +1,236 @@
+"""Cut flat token files into samples for next-token prediction: `(input_ids, labels)`, labels already shifted.
+
+A source is the stream of its documents, one after another, each closed by its EOS. Window w of it is
+`tokens[w * s : w * s + s + 1]`: the first s ids are the input, the last s the labels. Neighbouring windows
+share one id, so every id but the first is a label exactly once per epoch; fewer than s ids at the end fill no
+window and are counted as the remainder: tokens of a source = used + remainder.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_ttl.data.indexed_dataset import IndexedDataset
+from megatron_ttl.data.manifest import require_same_tokens
+from megatron_ttl.data.order import EpochOrder, Mixture
+from megatron_ttl.errors import DataError, UserError, raise_faults
+
+IGNORED_LABEL = -100
+
+
+class CausalLMDataset:
+    """Training samples without end: sources mixed by weight, each in epochs of its own.
+
+    Sample i is a function of (sources, weights, sequence length, seed) and i alone. It does not depend on the
+    length of the run, on ranks, micro batches or workers, so a position in the data is one integer.
+
+    Args:
+        sources: (prefix, weight) of each tokenised dataset; weights are relative shares of the tokens.
+        sequence_length: s.
+        seed: of the order.
+
+    Attributes:
+        samples_per_epoch: windows of each source.
+        used_tokens: ids of each source that its windows read.
+        remainder_tokens: ids of each source at its end that no window reads.
+        unchecked_prefixes: sources without a manifest, whose tokenizer nobody can check.
+
+    Raises:
+        DataError: all faults of all sources: damaged, held out, too short, named twice, of unlike tokenizers.
+    """
+
+    def __init__(self, sources: Sequence[tuple[str, float]], sequence_length: int, seed: int) -> None:
+        assert sources and sequence_length > 0, (sources, sequence_length)
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.datasets = _open_all([prefix for prefix, _ in sources])
+        raise_faults(DataError, self._faults([weight for _, weight in sources]))
+        manifests = {dataset.prefix: dataset.manifest for dataset in self.datasets if dataset.manifest}
+        require_same_tokens(manifests, "training")
+        self.weights = [weight for _, weight in sources]
+        self.unchecked_prefixes = [dataset.prefix for dataset in self.datasets if dataset.manifest is None]
+        self.samples_per_epoch = [(dataset.token_count - 1) // sequence_length for dataset in self.datasets]
+        self.used_tokens = [count * sequence_length + 1 for count in self.samples_per_epoch]
+        self.remainder_tokens = [(dataset.token_count - 1) % sequence_length for dataset in self.datasets]
+        self._mixture = Mixture(self.weights)
+        self._orders = [EpochOrder(size, seed, source) for source, size in enumerate(self.samples_per_epoch)]
+        self._tokens = [np.asarray(dataset.tokens) for dataset in self.datasets]
+
+    def _faults(self, weights: list[float]) -> list[str]:
+        faults = []
+        seen: dict[str, str] = {}
+        for dataset, weight in zip(self.datasets, weights, strict=True):
+            if not (math.isfinite(weight) and weight > 0):
+                faults.append(f"{dataset.prefix}: has weight {weight}; a weight is a number above 0; "
+                              "correct it, or take the source out")
+            if dataset.token_count < self.sequence_length + 1:
+                faults.append(f"{dataset.prefix}: has {dataset.token_count:,} tokens; one sample needs "
+                              f"{self.sequence_length + 1:,}; tokenise more text, or shorten the sequence")
+            split = dataset.manifest.held_out if dataset.manifest else None
+            if split and split.role == "held_out":
+                faults.append(f"{dataset.prefix}: is held-out data; training may not read it; "
+                              "name the training side of the split, and this one under [evaluation]")
+            real = os.path.realpath(dataset.paths.bin)
+            if real in seen:
+                faults.append(f"{dataset.prefix}: is the same data as {seen[real]}; a source is named once; "
+                              "add the two weights")
+            seen[real] = dataset.prefix
+        return faults
+
+    def locate(self, sample: int) -> tuple[int, int, int]:
+        """Return (source number, epoch of that source, window) of a sample."""
+        source, index = self._mixture.locate(sample)
+        epoch, window = self._orders[source].locate(index)
+        return source, epoch, window
+
+    def locate_many(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (source numbers, epochs, windows) of many samples, int64; equal to `locate` of each."""
+        sources, indices = self._mixture.locate_many(samples)
+        epochs, windows = np.empty_like(indices), np.empty_like(indices)
+        for source in np.unique(sources):
+            chosen = sources == source
+            epochs[chosen], windows[chosen] = self._orders[source].locate_many(indices[chosen])
+        return sources, epochs, windows
+
+    def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (input_ids, labels) of a sample, int64.  # [s], [s]"""
+        input_ids, labels = self.samples(np.array([number]))
+        return input_ids[0], labels[0]
+
+    def samples(self, numbers: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return (input_ids, labels) of many samples, int64.  # [len(numbers), s] both"""
+        sources, _, windows = self.locate_many(np.asarray(numbers, dtype=np.int64))
+        s = self.sequence_length
+        input_ids = np.empty((len(windows), s), np.int64)
+        labels = np.empty((len(windows), s), np.int64)
+        for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
+            tokens = self._tokens[source][window * s : window * s + s + 1]
+            input_ids[row] = tokens[:-1]
+            labels[row] = tokens[1:]
+        return input_ids, labels
+
+    def samples_drawn(self, consumed_samples: int) -> list[int]:
+        """Return how many of the first `consumed_samples` samples came from each source."""
+        return self._mixture.counts(consumed_samples)
+
+    def epochs(self, consumed_samples: int) -> list[float]:
+        """Return how often each source was read after `consumed_samples` samples."""
+        drawn = self.samples_drawn(consumed_samples)
+        return [count / size for count, size in zip(drawn, self.samples_per_epoch, strict=True)]
+
+    def record(self) -> dict[str, Any]:
+        """Return what determines every sample, for a checkpoint: equal records mean equal samples."""
+        return {
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "sources": [
+                {
+                    "prefix": dataset.prefix,
+                    "weight": weight,
+                    "tokens": dataset.token_count,
+                    "checksum": dataset.manifest.bin.checksum if dataset.manifest else None,
+                }
+                for dataset, weight in zip(self.datasets, self.weights, strict=True)
+            ],
+        }
+
+
+class HeldOutDataset:
+    """The windows of a dataset in file order, each label once: what a loss on unseen text is measured on.
+
+    The last window may be partial: it is filled up with inputs that no label asks about (label -100).
+
+    Args:
+        prefix: a tokenised dataset that is not the training side of a split.
+        sequence_length: s.
+        max_tokens: read the first so many ids at most; absent: all.
+
+    Attributes:
+        token_count: ids that are read.
+        label_count: labels over all windows, token_count - 1.
+
+    Raises:
+        DataError: damaged, the training side of a split, or without a single label.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], sequence_length: int,
+                 max_tokens: int | None = None) -> None:
+        assert sequence_length > 0, sequence_length
+        self.sequence_length = sequence_length
+        self.dataset = IndexedDataset(prefix)
+        self.manifest = self.dataset.manifest
+        self.prefix = self.dataset.prefix
+        split = self.manifest.held_out if self.manifest else None
+        if split and split.role == "train" and split.fraction > 0:
+            raise DataError(f"{self.prefix}: is the training side of a split; a held-out loss needs text "
+                            "that training never sees; name the held-out side")
+        self.token_count = min(self.dataset.token_count, max_tokens or self.dataset.token_count)
+        if self.token_count < 2:
+            raise DataError(f"{self.prefix}: has {self.token_count} tokens to read; a label needs two; "
+                            "tokenise more text, or raise max_tokens")
+        self.label_count = self.token_count - 1
+        self._tokens = np.asarray(self.dataset.tokens)[: self.token_count]
+        self._filler = self.manifest.tokenizer.eos_id if self.manifest else 0
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return -(-self.label_count // self.sequence_length)
+
+    def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (input_ids, labels) of a window, int64.  # [s], [s]"""
+        assert 0 <= number < len(self), (number, len(self))
+        s = self.sequence_length
+        tokens = self._tokens[number * s : number * s + s + 1]
+        count = len(tokens) - 1
+        input_ids = np.full(s, self._filler, np.int64)
+        labels = np.full(s, IGNORED_LABEL, np.int64)
+        input_ids[:count] = tokens[:-1]
+        labels[:count] = tokens[1:]
+        return input_ids, labels
+
+    def samples(self, numbers: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return (input_ids, labels) of several windows, int64.  # [len(numbers), s] both"""
+        rows = [self.sample(int(number)) for number in numbers]
+        return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+
+
+def require_apart(training: CausalLMDataset, held_out: Sequence[HeldOutDataset]) -> None:
+    """Refuse evaluation on a training source, or on ids that mean something else.
+
+    Raises:
+        DataError: a held-out dataset is one of the sources (same file or content), or of another tokenizer.
+    """
+    faults = []
+    trained = {os.path.realpath(dataset.paths.bin): dataset.prefix for dataset in training.datasets}
+    for dataset in training.datasets:
+        if dataset.manifest:
+            trained[dataset.manifest.bin.checksum] = dataset.prefix
+    for dataset in held_out:
+        keys = [os.path.realpath(dataset.dataset.paths.bin)]
+        keys += [dataset.manifest.bin.checksum] if dataset.manifest else []
+        source = next((trained[key] for key in keys if key in trained), None)
+        if source is not None:
+            faults.append(f"{dataset.prefix}: is the same data as the training source {source}; "
+                          "a held-out loss needs text that training never sees; name the held-out side")
+    raise_faults(DataError, faults)
+    first = next((dataset for dataset in training.datasets if dataset.manifest), None)
+    if first is not None:
+        manifests = {first.prefix: first.manifest}
+        manifests |= {dataset.prefix: dataset.manifest for dataset in held_out if dataset.manifest}
+        require_same_tokens(manifests, "evaluation beside training")
+
+
+def _open_all(prefixes: list[str]) -> list[IndexedDataset]:
+    datasets, faults = [], []
+    for prefix in prefixes:
+        try:
+            datasets.append(IndexedDataset(prefix))
+        except UserError as error:
+            faults += error.faults
+    raise_faults(DataError, faults)
+    return datasets

@@ -1,0 +1,186 @@
+"""Measure held-out loss: nats per token, perplexity, and bits per byte, which does not depend on the tokenizer.
+
+Text is read in windows side by side, each of s tokens, without overlap: a token sees what precedes it in its window,
+0 to s - 1 tokens beside itself. Every token after the first of the file is predicted exactly once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ttl import console
+from megatron_ttl.data.causal_lm_dataset import HeldOutDataset
+from megatron_ttl.errors import CheckpointError, DataError, UserError, raise_faults
+from megatron_ttl.generate.open_folder import OpenModel, open_model_folder
+from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL
+
+WINDOWS = "chunked, non-overlapping; a token sees what precedes it in its window"
+_ROWS = 1024  # tokens whose losses are computed at once: fp64 logits of a 32k vocabulary then take 256 MiB
+
+
+# Not inference_mode: the model may be in training, and keeps its rotary tables.
+@torch.no_grad()
+def held_out_loss(logits_of: Callable[[Tensor], Tensor], dataset: HeldOutDataset, batch: int,
+                  progress: Callable[[float], None] | None = None, device: torch.device | str = "cpu",
+                  rank: int = 0, world_size: int = 1) -> tuple[float, int]:
+    """Sum the losses of this rank's share of the windows.
+
+    Rank r takes windows r, r + world_size, ...; every rank calls the model equally often with the same shapes, as
+    engines that gather weights during the call need it (windows that are missing count nothing). The sums of all
+    ranks, added, are those of one.
+
+    Args:
+        logits_of: [b, s] int64 -> [b, s, v]; a model in training is as good as any, no gradient is kept.
+        dataset: windows, padded with label -100.
+        batch: windows per call (b).
+        progress: receives the tokens done on this rank after each call.
+        device: where `logits_of` wants its input.
+        rank, world_size: place among the data-parallel ranks.
+
+    Returns:
+        Nats, summed in fp64; tokens that were predicted. The caller adds up ranks and divides.
+    """
+    assert batch > 0 and 0 <= rank < world_size
+    nats, tokens = 0.0, 0
+    for input_ids, labels in _batches(dataset, batch, rank, world_size):
+        tokens += int((labels != IGNORED_LABEL).sum())
+        logits = logits_of(torch.from_numpy(input_ids).to(device))  # [b, s, v]
+        nats += float(_nats(logits.flatten(0, 1), torch.from_numpy(labels).to(logits.device).flatten()))
+        del logits  # else two of them live while the next is computed
+        if progress:
+            progress(tokens)
+    return nats, tokens
+
+
+def _batches(dataset: HeldOutDataset, batch: int, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield this rank's windows as stacked [b, s] pairs; windows past the end are copies without labels."""
+    share = -(-len(dataset) // world_size)
+    for start in range(0, share, batch):
+        numbers = [rank + place * world_size for place in range(start, min(start + batch, share))]
+        pairs = [dataset.sample(number) if number < len(dataset) else _unlabelled(dataset.sample(0))
+                 for number in numbers]
+        input_ids, labels = (np.stack(side) for side in zip(*pairs, strict=True))
+        yield input_ids, labels
+
+
+def _unlabelled(sample: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return sample[0], np.full_like(sample[1], IGNORED_LABEL)
+
+
+def _nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum the losses in fp64: this is the instrument, and costs little beside the model. [t, v], [t] -> scalar"""
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for rows, wanted in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True):
+        rows, wanted = rows[wanted != IGNORED_LABEL].double(), wanted[wanted != IGNORED_LABEL]
+        total += (rows.logsumexp(-1) - rows.gather(-1, wanted[:, None])[:, 0]).sum()
+    return total
+
+
+def perplexity_report(folder: str | os.PathLike[str], prefixes: Iterable[str], batch: int = 8,
+                      max_tokens: int | None = None, sequence_length: int | None = None, device: str = "auto",
+                      dtype: str = "float32") -> dict[str, Any]:
+    """Evaluate a model folder on tokenised datasets.
+
+    Args:
+        folder: model folder with its tokenizer.
+        prefixes: datasets made with the same tokenizer.
+        batch: windows per call.
+        max_tokens: read at most so many tokens of each dataset.
+        sequence_length: tokens per window; None: as many as the model has positions.
+        device, dtype: as for `open_model_folder`.
+
+    Returns:
+        The settings, `prefixes` (a list of measurements) and `total`.
+
+    Raises:
+        UserError: every fault of the numbers, then of the folder, then of all datasets.
+    """
+    prefixes = list(dict.fromkeys(prefixes))
+    raise_faults(UserError, _number_faults(prefixes, batch, max_tokens, sequence_length))
+    opened = open_model_folder(folder, device, dtype)
+    length = sequence_length or opened.config.max_position_embeddings
+    datasets = _open_datasets(opened, prefixes, length, max_tokens)
+    rows = []
+    started = time.perf_counter()
+    for prefix, dataset in datasets.items():
+        with console.progress(f"evaluating {prefix}", len(dataset) * length, "tokens") as report:
+            nats, tokens = held_out_loss(opened.model, dataset, batch, report, opened.device)
+        rows.append({"prefix": prefix, **_measures(opened, nats, tokens, _target_bytes(opened, dataset)),
+                     "windows": len(dataset), "complete": dataset.token_count == dataset.dataset.token_count})
+    seconds = time.perf_counter() - started
+    sums = {key: sum(row[key] for row in rows) for key in ("nats", "tokens", "bytes", "windows")}
+    total = {"prefix": "total", **_measures(opened, sums["nats"], sums["tokens"], sums["bytes"]),
+             "windows": sums["windows"], "complete": all(row["complete"] for row in rows)}
+    return {"model": str(opened.directory), "tokenizer": opened.tokenizer.checksum, "device": str(opened.device),
+            "dtype": dtype, "context_tokens": length, "windowing": WINDOWS, "prefixes": rows, "total": total,
+            "tokens_per_s": round(sums["tokens"] / seconds, 1)}
+
+
+def _number_faults(prefixes: list[str], batch: int, max_tokens: int | None,
+                   sequence_length: int | None) -> Iterator[str]:
+    if not prefixes:
+        yield "perplexity: no dataset; it must be one or more prefixes; name what tools/preprocess_data.py wrote"
+    for name, value in (("batch", batch), ("max_tokens", max_tokens), ("sequence_length", sequence_length)):
+        if value is not None and value < 1:
+            yield f"{name}: {value}; it must be at least 1; leave it out for the usual value"
+
+
+def _open_datasets(opened: OpenModel, prefixes: list[str], sequence_length: int,
+                   max_tokens: int | None) -> dict[str, HeldOutDataset]:
+    """Open all datasets and check each against the model; all faults at once."""
+    datasets, faults = {}, []
+    positions = opened.config.max_position_embeddings
+    if sequence_length > positions:
+        faults.append(f"sequence_length: {sequence_length}; {opened.directory} has {positions} positions; give at most "
+                      "so many")
+    for prefix in prefixes:
+        try:
+            datasets[prefix] = HeldOutDataset(prefix, sequence_length, max_tokens)
+        except DataError as error:
+            faults += error.faults
+        else:
+            faults += _fit_faults(opened, prefix, datasets[prefix])
+    raise_faults(DataError, faults)
+    return datasets
+
+
+def _fit_faults(opened: OpenModel, prefix: str, dataset: HeldOutDataset) -> Iterator[str]:
+    manifest, tokenizer = dataset.manifest, opened.tokenizer
+    if manifest is None:
+        yield (f"{prefix}.json: does not exist; it must say which tokenizer made the ids; write the dataset with "
+               "tools/preprocess_data.py")
+    elif manifest.tokenizer.checksum != tokenizer.checksum:
+        yield (f"{prefix}: its tokenizer is {manifest.tokenizer.checksum}, that of {opened.directory} is "
+               f"{tokenizer.checksum}; they must be the same; tokenize the text again with --tokenizer {opened.directory}")
+    if (largest := int(dataset.dataset.tokens[: dataset.token_count].max())) >= opened.config.vocab_size:
+        yield (f"{prefix}: holds id {largest}; {opened.directory} has {opened.config.vocab_size} rows; every id must be "
+               "below; tokenize the text again with the tokenizer of the model")
+
+
+def _target_bytes(opened: OpenModel, dataset: HeldOutDataset) -> int:
+    """Count the UTF-8 bytes of the tokens that are predicted: all that are read but the first."""
+    ids = np.asarray(dataset.dataset.tokens[: dataset.token_count])
+    first = len(opened.tokenizer.decode(ids[:1]).encode())
+    if dataset.token_count == dataset.dataset.token_count:
+        return dataset.manifest.text_bytes - first
+    documents = np.split(ids, np.flatnonzero(ids == opened.tokenizer.eos_id) + 1)
+    return sum(len(opened.tokenizer.decode(document).encode()) for document in documents) - first
+
+
+def _measures(opened: OpenModel, nats: float, tokens: int, text_bytes: int) -> dict[str, Any]:
+    mean = nats / tokens
+    if not mean < 700:  # NaN too
+        raise CheckpointError(f"{opened.directory}: its loss is {mean:g} nats per token; a model that knows nothing has "
+                              f"{math.log(opened.config.vocab_size):.1f}; the weights are damaged or overflow in this "
+                              "dtype: try float32, or convert the checkpoint again")
+    return {"nats_per_token": mean, "perplexity": math.exp(mean),
+            "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None, "tokens": tokens,
+            "bytes": text_bytes, "nats": nats}

@@ -1,0 +1,106 @@
+"""Forecast a run from its settings: sizes, lengths, operations, hours. Reads small files only; no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_ttl.config.checks import accumulation, check_world
+from megatron_ttl.config.load import Reading, Settings, read_settings
+from megatron_ttl.config.schema import RunFile
+from megatron_ttl.console import print_result, print_table
+from megatron_ttl.data.manifest import DatasetManifest, dataset_paths, read_manifest
+from megatron_ttl.errors import ConfigError, UserError, raise_faults
+from megatron_ttl.files import human_bytes
+from megatron_ttl.model.flops import count_parameters, embedding_parameters, flops_per_token
+from megatron_ttl.train.energy import country_faults
+from megatron_ttl.train.schedule import Schedule
+
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: fp32 weight and two fp32 moments."""
+
+ASSUMED_MFU = 0.40
+MAX_USEFUL_EPOCHS = 4
+"""Source: Muennighoff et al. 2023, section 6: repeating data up to four times costs next to nothing."""
+
+BOARD_POWER_W = {"A100": 400, "H100": 700, "H200": 700}
+"""Largest power of the SXM board, without the host.
+
+Source: NVIDIA data sheets.
+"""
+
+
+def forecast(settings: Settings, data_parallel_size: int) -> dict[str, Any]:
+    """Return what the run will take.
+
+    Raises:
+        ConfigError: tokens_per_step is no multiple of micro batch x sequence x data_parallel_size.
+    """
+    run, model = settings.run, settings.run.model
+    schedule = Schedule.of(run)
+    sequence, tokens = run.train.sequence_length, run.total_steps * run.train.tokens_per_step
+    parameters = count_parameters(model)
+    result: dict[str, Any] = {
+        "parameters": parameters,
+        "non_embedding_parameters": parameters - 2 * embedding_parameters(model),
+        "precision": settings.profile.precision,
+        "zero_stage": settings.profile.zero_optimization.stage,
+        "data_parallel_size": data_parallel_size,
+        "micro_batch_samples": settings.profile.train_micro_batch_size_per_gpu,
+        "accumulation": accumulation(settings, data_parallel_size),
+        "samples_per_step": run.samples_per_step,
+        "tokens_per_step": run.train.tokens_per_step,
+        "steps": run.total_steps,
+        "warmup_steps": run.warmup_steps,
+        "decay_steps": run.decay_steps,
+        "samples": run.total_steps * run.samples_per_step,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters,
+        "lr_first": schedule.at(1),
+        "lr_peak": run.optimizer.lr,
+        "lr_last": schedule.at(run.total_steps),
+        "flops_per_token_c": flops_per_token(model, sequence, "C"),
+        "flops_per_token_nc": flops_per_token(model, sequence, "NC"),
+        "flops": tokens * flops_per_token(model, sequence, "C"),
+        "checkpoint_bytes": BYTES_PER_PARAMETER * parameters,
+        "checkpoints_at_once_bytes": _checkpoints_at_once(run) * BYTES_PER_PARAMETER * parameters,
+    }
+    result |= _duration(settings.device, result["flops"], data_parallel_size)
+    result["epochs"] = _epochs(run, tokens)
+    return result
+
+
+def _checkpoints_at_once(run: RunFile) -> int:
+    """Count the checkpoints that lie on the disk at the end, and the one being written."""
+    keep, total = run.checkpoint, run.total_steps
+    for_good = total // keep.keep_every_steps if keep.keep_every_steps else 0
+    return min(total // keep.every_steps + 1, for_good + keep.keep_last) + 1
+
+
+def _duration(device: str | None, flops: float, data_parallel_size: int) -> dict[str, Any]:
+    peak = peak_flops(device) if device is not None else None
+    if device is None or peak is None:
+        return {}
+    hours = flops / (peak * ASSUMED_MFU * data_parallel_size) / 3600
+    kwh = hours * data_parallel_size * BOARD_POWER_W[device] / 1000
+    return {"device": device, "hours_at_40_percent_mfu": hours, "kwh_of_the_boards": kwh}
+
+
+def _epochs(run: RunFile, tokens: int) -> dict[str, float]:
+    """Return how often each source is read, where its manifest is there."""
+    total_weight = sum(source.weight for source in run.data.sources)
+    epochs = {}
+    for source in run.data.sources:
+        manifest = _manifest(source.prefix)
+        if manifest is not None and manifest.tokens:
+            epochs[source.prefix] = tokens * source.weight / total_weight / manifest.tokens
+    return epochs
+
+
+def _manifest(prefix: str) -> DatasetManifest | None:
+    try:
+        return read_manifest(dataset_paths(prefix).manifest)
+    except (UserError, OSError):
+        return None

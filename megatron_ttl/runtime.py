@@ -1,0 +1,95 @@
+"""The process: who it is among its peers, where its randomness starts, what machine it runs on.
+
+The only reader of RANK and its relatives; everything else is told.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_ttl.errors import ConfigError
+
+_LAUNCHERS = (
+    # (name, rank, world size, local rank, local world size) in the words of each launcher
+    ("torchrun or deepspeed", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+     "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("Slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    master_address: str | None = None
+    master_port: int | None = None
+    launcher: str = "none"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+
+def discover_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
+    """Read the launcher's variables: torchrun's and deepspeed's, Open MPI's, or Slurm's; alone without any.
+
+    Raises:
+        ConfigError: several processes, but no address where they could meet; or words where numbers must be.
+    """
+    env = os.environ if environment is None else environment
+    for name, rank_key, world_key, local_key, _ in _LAUNCHERS:
+        # `sbatch` without `srun` sets SLURM_PROCID too: only a step (srun) starts several of us.
+        if rank_key not in env or world_key not in env or (name == "Slurm" and "SLURM_STEP_ID" not in env):
+            continue
+        try:
+            rank, world, local = (int(env.get(key, "0")) for key in (rank_key, world_key, local_key))
+            port = int(env.get("MASTER_PORT", "29511"))
+        except ValueError:
+            raise ConfigError(f"environment: {rank_key}={env[rank_key]!r}, {world_key}={env[world_key]!r}; "
+                              f"they must be whole numbers; start again through {name}") from None
+        if world > 1 and "MASTER_ADDR" not in env:
+            raise ConfigError(f"environment: {world} processes started by {name} and no MASTER_ADDR; they must know "
+                              "where to meet; export MASTER_ADDR=<host of rank 0> (see examples/slurm)")
+        return Ranks(rank, world, local, env.get("MASTER_ADDR"), port, name)
+    return Ranks()
+
+
+def announce_ranks(ranks: Ranks) -> None:
+    """Put the ranks into the environment in torchrun's words, where DeepSpeed looks for them."""
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank),
+                      MASTER_ADDR=ranks.master_address or "127.0.0.1", MASTER_PORT=str(ranks.master_port or 29511))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's generators; the model has no dropout, so nothing draws from them by itself."""
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def environment_report() -> dict[str, str]:
+    """Return versions and device names for the run's records."""
+    import importlib.metadata as metadata
+
+    import torch
+
+    report = {"megatron_ttl": metadata.version("megatron_ttl"), "python": sys.version.split()[0],
+              "platform": platform.platform(terse=True)}
+    for package in ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece", "transformers", "codecarbon"):
+        try:
+            report[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            report[package] = "absent"
+    report["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
+    return report

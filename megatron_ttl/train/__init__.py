@@ -1,0 +1,1 @@
+"""Pretraining: one step, many steps, and what is said and kept along the way."""

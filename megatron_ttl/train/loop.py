@@ -1,0 +1,182 @@
+"""Pretraining, told as a story: prepare, then one optimizer step after the other until done or asked to stop."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_ttl.checkpoint.state import capture
+from megatron_ttl.data.sampler import StepBatches
+from megatron_ttl.errors import DiskError, ExitCode, UserError
+from megatron_ttl.evaluate.perplexity import held_out_loss
+from megatron_ttl.parallel.mesh import join, leave
+from megatron_ttl.runtime import Ranks
+from megatron_ttl.train.engine import StepResult
+from megatron_ttl.train.session import Session, prepare
+from megatron_ttl.train.stop import StopRequest
+
+
+class DivergedError(UserError):
+    """The loss is no longer a number."""
+
+    exit_code = ExitCode.FAILED
+
+
+def pretrain(settings: Any, ranks: Ranks) -> ExitCode:
+    """Run, or go on with, the pretraining that the settings describe.
+
+    Args:
+        settings: from `load_settings`.
+        ranks: from `discover_ranks`.
+
+    Raises:
+        UserError: something is missing, damaged or contradictory; found before the first step.
+    """
+    mesh = join(ranks)
+    session = prepare(settings, mesh)
+    try:
+        return train(session)
+    finally:
+        session.close()
+        leave()
+
+
+def train(session: Session) -> ExitCode:
+    """Take optimizer steps from the session's state to the end of the run."""
+    run, mesh, state, engine = session.run, session.mesh, session.state, session.engine
+    total_steps = run.total_steps
+    interval = Interval()
+    with StopRequest() as stop, closing(_batches(session)) as batches, session.energy, session.metrics:
+        while state.step < total_steps:
+            # one step: micro batches forward and backward, gradients reduced, weights moved
+            micro_batches = next(batches)
+            lr = session.schedule.at(state.step + 1)
+            result = engine.train_step(micro_batches, lr, run.train.tokens_per_step)
+            state.advance(run)
+            interval.add(result, batches.wait_s)
+            asked_to_stop = mesh.any(stop.is_set)
+            at_end = state.step == total_steps or asked_to_stop
+
+            # once in a while: say how it goes
+            if at_end or state.step % run.log.every_steps == 0:
+                session.metrics.row(interval.row(session, lr))
+                interval = Interval()
+
+            # once in a while, and at the end: keep it, before anything else can go wrong
+            if at_end or state.step % run.checkpoint.every_steps == 0:
+                if interval.steps:
+                    interval.mean_loss(session)
+                with interval.paused():
+                    save(session)
+
+            # once in a while, and at the end: measure on text it never saw
+            cadence = run.evaluation.every_steps
+            if cadence and not asked_to_stop and (at_end or state.step % cadence == 0):
+                with interval.paused():
+                    session.metrics.row(evaluate(session))
+
+            # asked to stop: it is kept, leave with the code that says so
+            if asked_to_stop and state.step < total_steps:
+                session.say(f"stopped at step {state.step} with a checkpoint; the same command goes on from here")
+                return ExitCode.PREEMPTED
+    session.say(f"done: {total_steps} steps, {state.consumed_tokens:,} tokens; {session.folder.path}")
+    return ExitCode.DONE
+
+
+def _batches(session: Session) -> StepBatches:
+    run, mesh = session.run, session.mesh
+    return StepBatches(session.dataset, run.samples_per_step, session.micro_batch, rank=mesh.data_parallel_rank,
+                       world_size=mesh.data_parallel_size, consumed_samples=session.state.consumed_samples)
+
+
+@dataclass
+class Interval:
+    """What happened since the last line: sums that stay on the device until the line is due."""
+
+    loss: torch.Tensor | float = 0.0
+    grad_norm: torch.Tensor | float = 0.0
+    steps: int = 0
+    wait_s: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    paused_s: float = 0.0
+
+    def add(self, result: StepResult, wait_s: float) -> None:
+        """Count one step."""
+        self.loss = self.loss + result.loss
+        self.grad_norm = result.grad_norm
+        self.steps += 1
+        self.wait_s += wait_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the speed what is done inside: saving, evaluating."""
+        began = time.perf_counter()
+        yield
+        self.paused_s += time.perf_counter() - began
+
+    def mean_loss(self, session: Session) -> float:
+        """Read the mean loss so far, which waits for the device.
+
+        Raises:
+            DivergedError: it is not finite; nothing of this state may be kept.
+        """
+        loss = float(self.loss) / self.steps
+        if not math.isfinite(loss):
+            kept = session.folder.store.steps()
+            raise DivergedError(f"step {session.state.step}: the loss is {loss}; it must be a number; go on from step "
+                                f"{max(kept) if kept else 0} with a lower optimizer.lr or train.gradient_clipping > 0")
+        return loss
+
+    def row(self, session: Session, lr: float) -> dict[str, Any]:
+        """Make a row of metrics."""
+        run, state, loss = session.run, session.state, self.mean_loss(session)
+        elapsed = time.perf_counter() - self.started - self.paused_s
+        return {"event": "train", "step": state.step, "tokens": state.consumed_tokens, "loss": loss, "lr": lr,
+                "grad_norm": float(self.grad_norm), "tokens_per_s": self.steps * run.train.tokens_per_step / elapsed,
+                "step_s": elapsed / self.steps, "data_wait_s": self.wait_s / self.steps,
+                "peak_memory_bytes": session.peak_memory_bytes(), "epochs": session.epochs(),
+                **session.energy.reading()}
+
+
+def save(session: Session) -> None:
+    """Write a checkpoint; after three failures in a row give up, for a run that cannot be kept is lost work.
+
+    Raises:
+        DiskError: the third save in a row failed.
+    """
+    state = session.state
+    groups = capture(session.engine.deepspeed, session.run.model, keep=session.mesh.is_first)
+    fault: DiskError | None = None
+    if session.mesh.is_first:
+        try:
+            session.folder.store.save(state.step, groups, session.record())
+        except DiskError as error:
+            fault = error
+    failed = session.mesh.any(fault is not None)
+    state.failed_saves = state.failed_saves + 1 if failed else 0
+    if not failed:
+        session.metrics.row({"event": "checkpoint", "step": state.step, "tokens": state.consumed_tokens})
+    elif state.failed_saves >= 3:
+        raise fault or DiskError(f"step {state.step}: the first process could not write a checkpoint three times")
+    elif fault:
+        print(f"warning: {fault} (save {state.failed_saves} of 3 failed; training goes on)", file=sys.stderr)
+
+
+def evaluate(session: Session) -> dict[str, Any]:
+    """Measure the loss on every held-out dataset, in nats per token."""
+    row: dict[str, Any] = {"event": "evaluation", "step": session.state.step, "tokens": session.state.consumed_tokens}
+    for prefix, dataset in session.held_out.items():
+        mesh = session.mesh
+        nats, tokens = held_out_loss(session.engine.logits, dataset, session.micro_batch,
+                                     rank=mesh.data_parallel_rank, world_size=mesh.data_parallel_size)
+        nats, tokens = mesh.sum(nats, tokens)
+        row[f"loss/{prefix}"] = nats / tokens
+        row[f"perplexity/{prefix}"] = math.exp(nats / tokens)
+    return row

@@ -1,0 +1,141 @@
+"""The run folder: one owner at a time, the settings it was started with, its metrics and checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_ttl.checkpoint.store import Checkpoint, CheckpointStore
+from megatron_ttl.config.changes import forbidden_changes
+from megatron_ttl.config.load import Settings
+from megatron_ttl.errors import CheckpointError, ConfigError, raise_faults
+from megatron_ttl.files import write_json, write_text
+
+
+class RunFolder:
+    """Paths of a run, and the lock that keeps a second run out."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.path = Path(settings.run.run.dir)
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.tokenizer_path = self.path / "tokenizer"
+        self._lock: IO[str] | None = None
+        keep = settings.run.checkpoint
+        self.store = CheckpointStore(self.path / "checkpoints", keep.keep_last, keep.keep_every_steps)
+
+    def claim(self) -> None:
+        """Take the folder for this process; the lock goes with the process, so none is ever stale.
+
+        Raises:
+            ConfigError: another run has it, or it cannot be written.
+        """
+        lock_path = self.path / "run.lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(lock_path, "a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"run.dir: '{self.path}' cannot be written ({error.strerror}); it must be a folder of "
+                              "yours; choose another run.dir") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "an unknown process"
+            self._lock.close()
+            self._lock = None
+            raise ConfigError(f"run.dir: '{self.path}' is in use by {owner}; a run folder has one run at a time; wait "
+                              "for it, stop it, or choose another run.dir") from None
+        self._lock.seek(0)
+        self._lock.truncate()
+        job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        self._lock.write(f"host {socket.gethostname()}, pid {os.getpid()}{job}, since {time.strftime('%F %T')}\n")
+        self._lock.flush()
+
+    def release(self) -> None:
+        """Let the next run in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def starting_point(self) -> tuple[Checkpoint | None, list[str]]:
+        """Find where the run goes on: its own newest valid checkpoint, else the one it branches from, else nowhere.
+
+        Returns:
+            The checkpoint or None for a fresh start, and warnings about damaged checkpoints that were passed over.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is valid.
+            ConfigError: the run file was changed in a way that would make it another run.
+        """
+        checkpoint = self.store.latest_valid()
+        run = self.settings.run
+        if checkpoint is not None:
+            raise_faults(ConfigError, forbidden_changes(self._stored()["run"], run))
+            return checkpoint, list(self.store.warnings)
+        if run.run.start_from is None:
+            return None, []
+        parent = open_checkpoint(Path(run.run.start_from))
+        raise_faults(ConfigError, _branch_faults(parent, self.settings))
+        return parent, []
+
+    def _stored(self) -> dict[str, Any]:
+        path = self.path / "settings.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: the settings of the run cannot be read ({error}); they must lie beside its "
+                                  "checkpoints; restore the file or choose another run.dir") from None
+
+    def describe(self, deepspeed_settings: dict[str, Any], versions: dict[str, str], tokenizer: Path) -> None:
+        """Write the settings as given and as resolved, and a copy of the tokenizer."""
+        settings = self.settings
+        write_text(self.path / "run.toml", settings.run_text)
+        write_text(self.path / "deepspeed.json", settings.deepspeed_text)
+        write_json(self.path / "settings.json", {"run": settings.run.model_dump(mode="json"),
+                                                 "deepspeed": deepspeed_settings, "origins": settings.origins,
+                                                 "versions": versions})
+        if not self.tokenizer_path.exists():
+            temporary = self.path / f"tokenizer.tmp-{os.getpid()}"
+            shutil.copytree(tokenizer, temporary)
+            os.replace(temporary, self.tokenizer_path)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint folder, or the newest valid one of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "manifest.json").exists():
+        return CheckpointStore(path.parent).open(path)
+    checkpoint = CheckpointStore(path / "checkpoints").latest_valid() if path.is_dir() else None
+    if checkpoint is None:
+        raise CheckpointError(f"{path}: no checkpoint is there; it must be a checkpoint folder (step-...) or a run "
+                              "folder; check the path")
+    return checkpoint
+
+
+def _branch_faults(parent: Checkpoint, settings: Settings) -> list[str]:
+    """Say what keeps a run from going on at the parent's weights and data position."""
+    stored, now = parent.record["run"], settings.run.model_dump(mode="json")
+    faults = []
+    for key in ("model", "data"):
+        if stored[key] != now[key]:
+            faults.append(f"{settings.run_path}: {key}: differs from the checkpoint {parent.directory}; a branch goes "
+                          "on with the same model and at the same place of the same data; copy the section from its "
+                          "settings.json")
+    if stored["train"]["sequence_length"] != now["train"]["sequence_length"]:
+        faults.append(f"{settings.run_path}: train.sequence_length: {now['train']['sequence_length']} here, "
+                      f"{stored['train']['sequence_length']} in the checkpoint; the data position counts sequences; "
+                      "keep the length")
+    if settings.run.total_steps <= parent.step:
+        faults.append(f"{settings.run_path}: train.steps: {settings.run.total_steps}, and the checkpoint is at step "
+                      f"{parent.step}; the horizon counts from the first step of the parent; set a larger one")
+    return faults

@@ -1,0 +1,182 @@
+"""What a run needs before its first step: everything opened, checked against each other, and set to where it goes on."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_ttl.checkpoint.state import restore
+from megatron_ttl.checkpoint.store import Checkpoint
+from megatron_ttl.config.deepspeed import resolve_deepspeed
+from megatron_ttl.config.load import Settings
+from megatron_ttl.config.schema import RunFile
+from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
+from megatron_ttl.errors import DataError, UserError, raise_faults
+from megatron_ttl.model.flops import count_parameters
+from megatron_ttl.parallel.mesh import Mesh
+from megatron_ttl.runtime import environment_report, seed_everything
+from megatron_ttl.train.energy import EnergyMeter, carry_on, country_faults
+from megatron_ttl.train.engine import Engine
+from megatron_ttl.train.metrics import MetricLogger
+from megatron_ttl.train.run_folder import RunFolder
+from megatron_ttl.train.schedule import Schedule
+
+
+@dataclass
+class TrainState:
+    """Where the run is: two integers say all, the order of the data is a function of them."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    failed_saves: int = 0
+
+    def advance(self, run: RunFile) -> None:
+        """Count one optimizer step."""
+        self.step += 1
+        self.consumed_samples += run.samples_per_step
+        self.consumed_tokens += run.train.tokens_per_step
+
+
+@dataclass
+class Session:
+    """A prepared run."""
+
+    run: RunFile
+    mesh: Mesh
+    folder: RunFolder
+    dataset: CausalLMDataset
+    held_out: dict[str, HeldOutDataset]
+    schedule: Schedule
+    engine: Engine
+    energy: EnergyMeter
+    metrics: MetricLogger
+    micro_batch: int
+    state: TrainState = field(default_factory=TrainState)
+
+    def say(self, line: str) -> None:
+        """Print one line, once for all processes."""
+        if self.mesh.is_first:
+            print(line, file=sys.stderr, flush=True)
+
+    def epochs(self) -> dict[str, float]:
+        """Return how often each source was read so far."""
+        return self.dataset.epochs(self.state.consumed_samples)
+
+    def peak_memory_bytes(self) -> int:
+        """Return this process's peak: of the GPU where there is one, of the host otherwise."""
+        if self.engine.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.engine.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+    def record(self) -> dict[str, Any]:
+        """Return the small part of a checkpoint: position, totals, and what explains them."""
+        return {"step": self.state.step, "consumed_samples": self.state.consumed_samples,
+                "consumed_tokens": self.state.consumed_tokens, "epochs": self.epochs(),
+                "lr": self.schedule.at(self.state.step), "energy": self.energy.state(),
+                "wandb_run_id": self.metrics.wandb_run_id, "run": self.run.model_dump(mode="json"),
+                "versions": environment_report()}
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.engine.close()
+        self.folder.release()
+
+
+def prepare(settings: Settings, mesh: Mesh) -> Session:
+    """Open and check everything, build the engine, and go to where the run stands.
+
+    Raises:
+        UserError: with all faults of a kind; every process raises, and none is left waiting.
+    """
+    run = settings.run
+    dataset, held_out = _open_data(run)
+    resolved = resolve_deepspeed(settings, mesh.data_parallel_size)
+    folder = RunFolder(settings)
+    checkpoint = _claim(folder, mesh)
+    seed_everything(run.run.seed)
+    engine = Engine(run, resolved, mesh)
+    carried = checkpoint.record if checkpoint else {}
+    if mesh.is_first:
+        folder.describe(resolved, environment_report(), dataset.tokenizer_directory)
+    energy = EnergyMeter(run.energy, folder.path, measures=mesh.local_rank == 0, **carry_on(carried.get("energy"), None))
+    metrics = MetricLogger(folder.metrics_path, run, settings, writes=mesh.is_first,
+                           wandb_run_id=carried.get("wandb_run_id"))
+    session = Session(run, mesh, folder, dataset, held_out, Schedule.of(run), engine, energy, metrics,
+                      resolved["train_micro_batch_size_per_gpu"])
+    if checkpoint is not None:
+        _resume(session, checkpoint)
+    _introduce(session, checkpoint)
+    return session
+
+
+def _open_data(run: RunFile) -> tuple[CausalLMDataset, dict[str, HeldOutDataset]]:
+    faults = country_faults(run.energy)
+    try:
+        dataset = CausalLMDataset([(source.prefix, source.weight) for source in run.data.sources],
+                                  run.train.sequence_length, run.run.seed)
+    except UserError as error:
+        raise DataError(*faults, *error.faults) from None
+    held_out = {}
+    for prefix in run.evaluation.prefixes:
+        try:
+            held_out[prefix] = HeldOutDataset(prefix, run.train.sequence_length, run.evaluation.max_tokens)
+        except UserError as error:
+            faults += error.faults
+    if dataset.vocab_size > run.model.vocab_size:
+        faults.append(f"model.vocab_size: {run.model.vocab_size}, and the tokenizer of {run.data.sources[0].prefix} has "
+                      f"{dataset.vocab_size} pieces; every piece needs a row; set model.vocab_size="
+                      f"{dataset.vocab_size} or more")
+    for prefix, other in held_out.items():
+        if other.tokenizer_checksum != dataset.tokenizer_checksum:
+            faults.append(f"evaluation.prefixes: {prefix} was made with another tokenizer than "
+                          f"{run.data.sources[0].prefix}; both must have one; preprocess it again")
+    raise_faults(DataError, faults)
+    return dataset, held_out
+
+
+def _claim(folder: RunFolder, mesh: Mesh) -> Checkpoint | None:
+    """Let the first process take the folder and choose the checkpoint; all fail together or go on together."""
+    fault: UserError | None = None
+    checkpoint, warnings = None, []
+    if mesh.is_first:
+        try:
+            folder.claim()
+            checkpoint, warnings = folder.starting_point()
+        except UserError as error:
+            fault = error
+    if mesh.any(fault is not None):
+        raise fault or UserError("the first process could not open the run folder; see its message")
+    if not mesh.is_first:
+        checkpoint, warnings = folder.starting_point()
+    for warning in warnings if mesh.is_first else ():
+        print(f"warning: {warning}", file=sys.stderr)
+    return checkpoint
+
+
+def _resume(session: Session, checkpoint: Checkpoint) -> None:
+    record, state = checkpoint.record, session.state
+    restore(session.engine.deepspeed, session.run.model, checkpoint.tensors, record["step"])
+    state.step = record["step"]
+    state.consumed_samples = record["consumed_samples"]
+    state.consumed_tokens = record["consumed_tokens"]
+
+
+def _introduce(session: Session, checkpoint: Checkpoint | None) -> None:
+    """Say what is about to happen, on a few lines."""
+    run, dataset = session.run, session.dataset
+    where = f"from {checkpoint.directory}" if checkpoint else "from seed " + str(run.run.seed)
+    session.say(f"{count_parameters(run.model):,} parameters on {session.mesh.world_size} x "
+                f"{session.engine.device.type}, {where}; steps {session.state.step + 1} to {run.total_steps}")
+    session.say(f"{run.train.tokens_per_step:,} tokens per step = {session.engine.accumulation} x "
+                f"{session.micro_batch} x {run.train.sequence_length} x {session.mesh.data_parallel_size} "
+                "(accumulation x micro batch x sequence x data parallel)")
+    session.say("; ".join(f"{len(group['names'])} tensors with weight decay {group['weight_decay']}"
+                          for group in session.engine.decay_groups)
+                + f"; {dataset.remainder_tokens:,} tokens of the data left over by whole sequences")
+    if session.state.step:
+        session.metrics.row({"event": "resume", "step": session.state.step, "tokens": session.state.consumed_tokens})

@@ -1,0 +1,52 @@
+"""Pretrain a small Llama-2: `deepspeed pretrain_ttl.py --deepspeed_config configs/a100_single.json`.
+
+The run file (--config) says what is trained, the DeepSpeed JSON on which machine; `section.key=value` overrides the run
+file. The same command resumes. Exit codes: 0 done, 2 faulty settings or data, 75 disk, 85 stopped with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+DEFAULT_CONFIG = "configs/ttl_160m.toml"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, check everything, train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="machine profile, e.g. configs/cpu.json")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="TOML", help="run file (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="report every fault and the plan; touch no device")
+    parser.add_argument("--data-parallel-size", type=int, default=None, metavar="N",
+                        help="with --dry-run: the number of GPUs to plan for (default: 1)")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run file, in TOML")
+    arguments = parser.parse_args(argv)
+
+    from megatron_ttl.config.load import load_settings
+    from megatron_ttl.errors import UserError
+    from megatron_ttl.runtime import discover_ranks
+
+    ranks = discover_ranks()
+    try:
+        settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            from megatron_ttl.plan.forecast import dry_run
+
+            return dry_run(settings, arguments.data_parallel_size or ranks.world_size, arguments.json)
+        from megatron_ttl.train.loop import pretrain
+
+        if ranks.is_first and arguments.config == DEFAULT_CONFIG:
+            print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
+        return int(pretrain(settings, ranks))
+    except UserError as error:
+        if ranks.local_rank == 0:  # one process per machine says it for all
+            raise
+        return int(error.exit_code)
+
+
+if __name__ == "__main__":
+    from megatron_ttl.console import run_tool
+
+    run_tool(main)
