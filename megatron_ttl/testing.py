@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import queue
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -80,9 +81,10 @@ def _child(function: Callable[..., Any], rank: int, world_size: int, rendezvous:
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
     finally:
-        # The parent kills this process once it has every result: leaving early would close the queue's thread.
         results.close()
         results.join_thread()
+        # Tensors travel through this process's shared memory: it stays until the parent has them and kills it.
+        signal.pause()
 
 
 def tiny_model(**changes: Any) -> ModelConfig:
@@ -97,7 +99,7 @@ def tiny_run(directory: str, **sections: dict[str, Any]) -> RunFile:
         "run": {"dir": directory, "seed": 1},
         "model": tiny_model().model_dump(),
         "data": {"sources": [{"prefix": "data/none"}]},
-        "train": {"sequence_length": 32, "tokens_per_step": 256, "steps": 10, "gradient_clipping": 0.5},
+        "train": {"sequence_length": 32, "tokens_per_step": 256, "steps": 10, "gradient_clipping": 0.3},
         "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
         "schedule": {"kind": "constant", "warmup_steps": 2},
         "checkpoint": {"every_steps": 5},

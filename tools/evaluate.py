@@ -12,10 +12,11 @@ def main() -> None:
     parser.add_argument("--perplexity", required=True, nargs="+", metavar="PREFIX",
                         help="tokenised datasets (path without .bin), made with the tokenizer of the model")
     parser.add_argument("--batch", type=int, default=8, help="windows at once (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, help="read at most so many tokens of each dataset (default: all)")
-    parser.add_argument("--sequence-length", type=int, help="tokens per window (default: the model's positions)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, help="read at most so many of each dataset (default: all)")
+    parser.add_argument("--sequence-length", type=int,
+                        help="tokens per window (default: as many as the model has positions)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
 
@@ -29,8 +30,8 @@ def main() -> None:
         return
     columns = ("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes", "windows", "complete")
     rows = result["prefixes"] + ([result["total"]] if len(result["prefixes"]) > 1 else [])
-    print_table(("dataset", "nats per token", "perplexity", "bits per byte", "tokens", "bytes", "windows", "all of it"),
-                [[row["prefix"], *(row[column] for column in columns)] for row in rows], title=result["model"])
+    header = ("dataset", *(column.replace("_", " ") for column in columns))
+    print_table(header, [[row["prefix"], *(row[column] for column in columns)] for row in rows], result["model"])
     print(f"windows of {result['context_tokens']} tokens, {result['windowing']}; {result['dtype']} on "
           f"{result['device']}, {result['tokens_per_s']:,.0f} tokens/s")
 

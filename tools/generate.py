@@ -11,15 +11,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="model folder, as tools/convert_to_hf.py writes it")
     parser.add_argument("--prompt", default="", help='text to continue; "" begins a new one (default)')
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="at most so many (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, help="0: the most probable token (default: 1.0)")
-    parser.add_argument("--top-k", type=int, help="draw among the k most probable tokens; 0: all (default: 50)")
-    parser.add_argument("--top-p", type=float, help="draw among the fewest tokens that reach p; 1: all (default: 0.95)")
+    parser.add_argument("--top-k", type=int, help="draw among the k best tokens; 0: all (default: 50)")
+    parser.add_argument("--top-p", type=float,
+                        help="draw among the fewest tokens whose probabilities reach p; 1: all (default: 0.95)")
     parser.add_argument("--seed", type=int, help="same seed, same text (default: 0)")
     parser.add_argument("--greedy", action="store_true", help="always take the most probable token")
-    parser.add_argument("--num-samples", type=int, default=1, help="texts for the prompt (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(default: %(default)s)")
+    parser.add_argument("--num-samples", type=int, default=1, help="texts for one prompt (default: 1)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
 
@@ -29,8 +30,8 @@ def main() -> None:
     from megatron_ttl.generate.sampling import choose_sampling
     from megatron_ttl.generate.text_stream import printable
 
-    sampling = choose_sampling(args.temperature, args.top_k, args.top_p, args.seed, args.greedy, args.num_samples,
-                               args.max_new_tokens)
+    sampling = choose_sampling(args.temperature, args.top_k, args.top_p, args.seed, args.greedy,
+                               args.num_samples, args.max_new_tokens)
     stream = sys.stdout.isatty() and not args.json and args.num_samples == 1
 
     def show(text: str) -> None:

@@ -1,8 +1,8 @@
 """Between DeepSpeed's partitions and canonical tensors: fp32 weights and Adam moments under Hugging Face's names.
 
-Written for deepspeed 0.19. `deepspeed.utils.safe_set_full_*` leaves four things undone, which this file does: it creates
-the moments of a fresh engine, writes the low-precision copy that the next forward reads, sets Adam's step, and reaches
-stage 0, which has no wrapper.
+Written for deepspeed 0.19. `deepspeed.utils.safe_set_full_*` leaves five things undone, which this file does: it creates
+the moments of a fresh engine, links those of every parameter group, writes the low-precision copy that the next forward
+reads, sets Adam's step, and reaches stage 0, which has no wrapper.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _read(engine: Any, kind: str) -> Iterator[tuple[str, Tensor]]:
     key = None if kind == WEIGHTS else kind
     for name, parameter in engine.module.named_parameters():
         if _stage(engine) == 0:
-            yield name, (parameter if key is None else engine.optimizer.state[parameter][key]).detach()
+            # Unlike the other stages', this is the live tensor itself: the next step must not change what was read.
+            yield name, (parameter if key is None else engine.optimizer.state[parameter][key]).detach().clone()
         elif _stage(engine) == 3:
             yield name, engine.optimizer.get_full_hp_param(parameter, key)
         else:
@@ -138,6 +139,9 @@ def _create_moments(engine: Any) -> None:
             state[flat].update(step=torch.zeros((), dtype=torch.float32, device=where),
                                exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
     if _stage(engine) in (1, 2):
+        # deepspeed 0.19.8 steps one parameter group after the other and links all of them after the first, when the
+        # others have no moments yet; so link again.
+        engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 

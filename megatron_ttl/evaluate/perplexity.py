@@ -1,7 +1,7 @@
-"""Measure held-out loss: nats per token, perplexity, and bits per byte, which does not depend on the tokenizer.
+"""Measure held-out loss: nats per token, perplexity, and bits per byte, which compares across tokenizers.
 
-Text is read in windows side by side, each of s tokens, without overlap: a token sees what precedes it in its window,
-0 to s - 1 tokens beside itself. Every token after the first of the file is predicted exactly once.
+Text is read in windows of s tokens side by side, without overlap: a token is predicted from 1 to s tokens, those
+that precede it in its window. Every token after the first of the file is predicted exactly once, EOS too.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def held_out_loss(logits_of: Callable[[Tensor], Tensor], dataset: HeldOutDataset
                   rank: int = 0, world_size: int = 1) -> tuple[float, int]:
     """Sum the losses of this rank's share of the windows.
 
-    Rank r takes windows r, r + world_size, ...; every rank calls the model equally often with the same shapes, as
-    engines that gather weights during the call need it (windows that are missing count nothing). The sums of all
-    ranks, added, are those of one.
+    Rank r takes windows r, r + world_size, ...; every rank calls the model equally often with the same shapes,
+    as engines that gather weights during the call need it (windows that are missing count nothing). The sums of
+    all ranks, added, are those of one.
 
     Args:
         logits_of: [b, s] int64 -> [b, s, v]; a model in training is as good as any, no gradient is kept.
@@ -60,7 +60,8 @@ def held_out_loss(logits_of: Callable[[Tensor], Tensor], dataset: HeldOutDataset
     return nats, tokens
 
 
-def _batches(dataset: HeldOutDataset, batch: int, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _batches(dataset: HeldOutDataset, batch: int, rank: int,
+             world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield this rank's windows as stacked [b, s] pairs; windows past the end are copies without labels."""
     share = -(-len(dataset) // world_size)
     for start in range(0, share, batch):
@@ -76,7 +77,7 @@ def _unlabelled(sample: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.n
 
 
 def _nats(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum the losses in fp64: this is the instrument, and costs little beside the model. [t, v], [t] -> scalar"""
+    """Sum the losses in fp64: an instrument, and cheap beside the model. [t, v], [t] -> scalar"""
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for rows, wanted in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True):
         rows, wanted = rows[wanted != IGNORED_LABEL].double(), wanted[wanted != IGNORED_LABEL]
@@ -119,15 +120,16 @@ def perplexity_report(folder: str | os.PathLike[str], prefixes: Iterable[str], b
     sums = {key: sum(row[key] for row in rows) for key in ("nats", "tokens", "bytes", "windows")}
     total = {"prefix": "total", **_measures(opened, sums["nats"], sums["tokens"], sums["bytes"]),
              "windows": sums["windows"], "complete": all(row["complete"] for row in rows)}
-    return {"model": str(opened.directory), "tokenizer": opened.tokenizer.checksum, "device": str(opened.device),
-            "dtype": dtype, "context_tokens": length, "windowing": WINDOWS, "prefixes": rows, "total": total,
-            "tokens_per_s": round(sums["tokens"] / seconds, 1)}
+    return {"model": str(opened.directory), "tokenizer": opened.tokenizer.checksum,
+            "device": str(opened.device), "dtype": dtype, "context_tokens": length, "windowing": WINDOWS,
+            "prefixes": rows, "total": total, "tokens_per_s": round(sums["tokens"] / seconds, 1)}
 
 
 def _number_faults(prefixes: list[str], batch: int, max_tokens: int | None,
                    sequence_length: int | None) -> Iterator[str]:
     if not prefixes:
-        yield "perplexity: no dataset; it must be one or more prefixes; name what tools/preprocess_data.py wrote"
+        yield ("perplexity: no dataset; it must be one or more prefixes; name what tools/preprocess_data.py "
+               "wrote")
     for name, value in (("batch", batch), ("max_tokens", max_tokens), ("sequence_length", sequence_length)):
         if value is not None and value < 1:
             yield f"{name}: {value}; it must be at least 1; leave it out for the usual value"
@@ -139,8 +141,8 @@ def _open_datasets(opened: OpenModel, prefixes: list[str], sequence_length: int,
     datasets, faults = {}, []
     positions = opened.config.max_position_embeddings
     if sequence_length > positions:
-        faults.append(f"sequence_length: {sequence_length}; {opened.directory} has {positions} positions; give at most "
-                      "so many")
+        faults.append(f"sequence_length: {sequence_length}; {opened.directory} has {positions} positions; give "
+                      "at most so many")
     for prefix in prefixes:
         try:
             datasets[prefix] = HeldOutDataset(prefix, sequence_length, max_tokens)
@@ -155,14 +157,15 @@ def _open_datasets(opened: OpenModel, prefixes: list[str], sequence_length: int,
 def _fit_faults(opened: OpenModel, prefix: str, dataset: HeldOutDataset) -> Iterator[str]:
     manifest, tokenizer = dataset.manifest, opened.tokenizer
     if manifest is None:
-        yield (f"{prefix}.json: does not exist; it must say which tokenizer made the ids; write the dataset with "
-               "tools/preprocess_data.py")
+        yield (f"{prefix}.json: does not exist; it must say which tokenizer made the ids; write the dataset "
+               "with tools/preprocess_data.py")
     elif manifest.tokenizer.checksum != tokenizer.checksum:
         yield (f"{prefix}: its tokenizer is {manifest.tokenizer.checksum}, that of {opened.directory} is "
-               f"{tokenizer.checksum}; they must be the same; tokenize the text again with --tokenizer {opened.directory}")
+               f"{tokenizer.checksum}; they must be the same; tokenize the text again with --tokenizer "
+               f"{opened.directory}")
     if (largest := int(dataset.dataset.tokens[: dataset.token_count].max())) >= opened.config.vocab_size:
-        yield (f"{prefix}: holds id {largest}; {opened.directory} has {opened.config.vocab_size} rows; every id must be "
-               "below; tokenize the text again with the tokenizer of the model")
+        yield (f"{prefix}: holds id {largest}; {opened.directory} has {opened.config.vocab_size} rows, every id "
+               "must be below; the file is damaged: copy it again, or tokenize the text again")
 
 
 def _target_bytes(opened: OpenModel, dataset: HeldOutDataset) -> int:
@@ -178,9 +181,10 @@ def _target_bytes(opened: OpenModel, dataset: HeldOutDataset) -> int:
 def _measures(opened: OpenModel, nats: float, tokens: int, text_bytes: int) -> dict[str, Any]:
     mean = nats / tokens
     if not mean < 700:  # NaN too
-        raise CheckpointError(f"{opened.directory}: its loss is {mean:g} nats per token; a model that knows nothing has "
-                              f"{math.log(opened.config.vocab_size):.1f}; the weights are damaged or overflow in this "
-                              "dtype: try float32, or convert the checkpoint again")
+        ignorant = math.log(opened.config.vocab_size)
+        raise CheckpointError(f"{opened.directory}: its loss is {mean:g} nats per token; a model that knows "
+                              f"nothing has {ignorant:.1f}; the weights are damaged or overflow in this dtype: "
+                              "try float32, or convert the checkpoint again")
     return {"nats_per_token": mean, "perplexity": math.exp(mean),
             "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None, "tokens": tokens,
             "bytes": text_bytes, "nats": nats}

@@ -56,17 +56,17 @@ def generate_steps(model: nn.Sequential, config: ModelConfig, prompt_ids: Sequen
         sampling: how tokens are chosen.
         eos_id: ends a sample; None: nothing does.
         num_samples: continuations of the one prompt, side by side.
-        vocab_size: ids from here on are never chosen (rows of the head that no piece belongs to); None: all are.
+        vocab_size: ids from here on are never chosen (rows that no piece belongs to); None: all may be.
 
     Raises:
-        UserError: an empty prompt, an id the model has no row for, or more tokens than the model has positions.
+        UserError: an empty prompt, an id without a row in the model, or more tokens than it has positions.
     """
     raise_faults(UserError, _length_faults(config, len(prompt_ids), max_new_tokens))
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < config.vocab_size:
         raise UserError(f"prompt: ids from {min(prompt_ids)} to {max(prompt_ids)}; they must be in [0, "
                         f"{config.vocab_size}); tokenize it with the tokenizer of this model")
-    return _steps(model, config, prompt_ids, max_new_tokens, TokenChooser(sampling, num_samples), eos_id, num_samples,
-                  vocab_size)
+    chooser = TokenChooser(sampling, num_samples)
+    return _steps(model, config, prompt_ids, max_new_tokens, chooser, eos_id, num_samples, vocab_size)
 
 
 def _length_faults(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> list[str]:
@@ -78,12 +78,13 @@ def _length_faults(config: ModelConfig, prompt_tokens: int, max_new_tokens: int)
         faults.append("prompt: no token; it must have at least one; begin with BOS")
     if prompt_tokens + max(max_new_tokens, 0) > limit:
         faults.append(f"prompt: {prompt_tokens} tokens and {max_new_tokens} new ones are "
-                      f"{prompt_tokens + max_new_tokens}; the model has {limit} positions; shorten the prompt or ask for "
-                      f"at most {max(limit - prompt_tokens, 0)} new tokens")
+                      f"{prompt_tokens + max_new_tokens}; the model has {limit} positions; "
+                      + (f"ask for at most {limit - prompt_tokens} new tokens" if prompt_tokens < limit else
+                         f"shorten the prompt to less than {limit} tokens"))
     return faults
 
 
-# Not inference_mode: the blocks keep their rotary tables, and a table made there could not be used in training again.
+# Not inference_mode: the blocks keep their rotary tables, and training could not use a table made there.
 @torch.no_grad()
 def _steps(model: nn.Sequential, config: ModelConfig, prompt_ids: Sequence[int], max_new_tokens: int,
            choose: TokenChooser, eos_id: int | None, num_samples: int,
@@ -109,7 +110,8 @@ def generate(model: nn.Sequential, config: ModelConfig, prompt_ids: Sequence[int
              vocab_size: int | None = None) -> list[list[int]]:
     """Return the new ids of every sample, EOS included where one came; arguments as for `generate_steps`."""
     samples: list[list[int]] = [[] for _ in range(num_samples)]
-    for step in generate_steps(model, config, prompt_ids, max_new_tokens, sampling, eos_id, num_samples, vocab_size):
+    steps = generate_steps(model, config, prompt_ids, max_new_tokens, sampling, eos_id, num_samples, vocab_size)
+    for step in steps:
         for ids, token in zip(samples, step, strict=True):
             if token is not None:
                 ids.append(token)
@@ -127,14 +129,14 @@ def encode_prompt(opened: OpenModel, prompt: str) -> list[int]:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"prompt: character {error.start} is half a character; it must be valid UTF-8; check the "
-                        "encoding of the terminal or the script") from None
+        raise UserError(f"prompt: character {error.start} is half a character; it must be valid UTF-8; check "
+                        "the encoding of the terminal or the script") from None
     ids = opened.tokenizer.encode(prompt) if prompt else []
     return [opened.tokenizer.bos_id, *ids] if opened.add_bos or not ids else ids
 
 
-def continue_prompt(opened: OpenModel, prompt: str, max_new_tokens: int, sampling: Sampling, num_samples: int = 1,
-                    show: Callable[[str], None] | None = None) -> dict[str, Any]:
+def continue_prompt(opened: OpenModel, prompt: str, max_new_tokens: int, sampling: Sampling,
+                    num_samples: int = 1, show: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Continue a prompt and measure how fast it went.
 
     Args:
@@ -147,8 +149,8 @@ def continue_prompt(opened: OpenModel, prompt: str, max_new_tokens: int, samplin
             without it progress is shown.
 
     Returns:
-        `samples` (each `text`, `new_tokens`, `ended` by "eos" or "length"), counts, settings, and tokens per second of
-        the decoding, all samples together; the first token counts as part of reading the prompt.
+        `samples` (each `text` after the prompt, `new_tokens`, `ended` by "eos" or "length"), counts, settings,
+        and tokens per second of all samples together; the first token counts as part of reading the prompt.
 
     Raises:
         UserError: as `generate_steps` and `encode_prompt`.
@@ -158,8 +160,8 @@ def continue_prompt(opened: OpenModel, prompt: str, max_new_tokens: int, samplin
     streams = [TextStream(tokenizer.decode, prompt_ids) for _ in range(num_samples)]
     texts: list[list[str]] = [[] for _ in range(num_samples)]
     counts, ended = [0] * num_samples, ["length"] * num_samples
-    steps = generate_steps(opened.model, opened.config, prompt_ids, max_new_tokens, sampling, tokenizer.eos_id,
-                           num_samples, tokenizer.vocab_size)
+    steps = generate_steps(opened.model, opened.config, prompt_ids, max_new_tokens, sampling,
+                           tokenizer.eos_id, num_samples, tokenizer.vocab_size)
     started = first = time.perf_counter()
     with _shown(show, prompt, max_new_tokens) as (say, report):
         for number, step in enumerate(steps, start=1):
@@ -200,8 +202,9 @@ def _shown(show: Callable[[str], None] | None, prompt: str,
 
 def generate_text(folder: str | os.PathLike[str], prompt: str, max_new_tokens: int = 64, *,
                   temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
-                  seed: int | None = None, greedy: bool = False, device: str = "auto", dtype: str = "float32") -> str:
-    """Return a prompt with one continuation; see `choose_sampling`, `open_model_folder` and `continue_prompt`.
+                  seed: int | None = None, greedy: bool = False, device: str = "auto",
+                  dtype: str = "float32") -> str:
+    """Return a prompt with one continuation; see `choose_sampling` and `open_model_folder`.
 
     Raises:
         UserError: a value, the folder or the prompt is wrong.

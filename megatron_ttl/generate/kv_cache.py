@@ -40,7 +40,7 @@ class StaticCache:
         return self._keys[:, :, :end], self._values[:, :, :end]
 
     def repeated(self, count: int) -> StaticCache:
-        """Return a cache with `count` copies of this one's single sequence, for several samples of one prompt."""
+        """Return a cache with `count` copies of this one sequence, for several samples of one prompt."""
         batch, kv_heads, capacity, head_dim = self._keys.shape
         assert batch == 1, f"one sequence can be repeated, not {batch}"
         other = StaticCache(count, kv_heads, capacity, head_dim, self._keys.device, self._keys.dtype)

@@ -41,14 +41,14 @@ def choose_device(name: str = "auto") -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if gpus else "cpu")
-    kind, _, number = name.partition(":")
-    if name == "cpu" or (kind == "cuda" and number.isdecimal() and int(number) < gpus) or (name == "cuda" and gpus):
-        return torch.device(name)
-    here = "cpu, cuda" + "".join(f", cuda:{i}" for i in range(gpus)) if gpus else "cpu"
-    raise UserError(f"device: {name!r}; this machine has: {here}; choose one of them, or auto")
+    here = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{number}" for number in range(gpus))]
+    if name not in here:
+        raise UserError(f"device: {name!r}; this machine has: {', '.join(here)}; choose one of them, or auto")
+    return torch.device(name)
 
 
-def open_model_folder(path: str | os.PathLike[str], device: str = "auto", dtype: str = "float32") -> OpenModel:
+def open_model_folder(path: str | os.PathLike[str], device: str = "auto",
+                      dtype: str = "float32") -> OpenModel:
     """Load a model folder and its tokenizer, and check that they fit together.
 
     Args:
@@ -60,27 +60,30 @@ def open_model_folder(path: str | os.PathLike[str], device: str = "auto", dtype:
         UserError: the device, the folder or a file in it is missing or wrong.
     """
     if dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r}; it must be one of {', '.join(DTYPES)}; float32 is exact, bfloat16 halves the memory")
+        raise UserError(f"dtype: {dtype!r}; it must be one of {', '.join(DTYPES)}; float32 is exact, bfloat16 "
+                        "takes half the memory")
     directory, where = Path(path), choose_device(device)
     model, config = load_model_folder(directory, where, DTYPES[dtype])
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model {config.vocab_size} "
-                              "rows; the model must have a row for every piece; put the tokenizer of this model beside it")
+        raise CheckpointError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model "
+                              f"{config.vocab_size} rows; the model must have a row for every piece; put the "
+                              "tokenizer of this model beside it")
     return OpenModel(directory, model.eval(), config, tokenizer, _adds_bos(directory), where, dtype)
 
 
 def _adds_bos(directory: Path) -> bool:
-    """Read `add_bos_token` of the folder's tokenizer_config.json; true when it is silent, as Hugging Face's Llama."""
+    """Read `add_bos_token` of the folder's tokenizer_config.json; as in Hugging Face's Llama, silent means true."""
     path = directory / "tokenizer_config.json"
     cure = "convert the checkpoint again with tools/convert_to_hf.py"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); it must say whether prompts begin with "
-                              f"BOS; {cure}") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); it must say whether prompts begin "
+                              f"with BOS; {cure}") from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: is not JSON ({error}); it must be a tokenizer's settings; {cure}") from None
+        raise CheckpointError(f"{path}: is not JSON ({error}); it must be a tokenizer's settings; "
+                              f"{cure}") from None
     policy = value.get("add_bos_token", True) if isinstance(value, dict) else None
     if not isinstance(policy, bool):
         raise CheckpointError(f"{path}: add_bos_token: {policy!r}; it must be true or false; {cure}")

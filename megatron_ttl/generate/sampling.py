@@ -33,7 +33,7 @@ class Sampling:
 def choose_sampling(temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
                     seed: int | None = None, greedy: bool = False, num_samples: int = 1,
                     max_new_tokens: int = 1) -> Sampling:
-    """Check what a user asked for; None is what the user left open and becomes the default of `Sampling`.
+    """Check what a user asked for; None is what was left open, and becomes the default of `Sampling`.
 
     Raises:
         UserError: every value that makes no sense, and every pair that contradicts itself.
@@ -48,11 +48,12 @@ def choose_sampling(temperature: float | None = None, top_k: int | None = None, 
     return Sampling(**{key: value for key, value in given.items() if value is not None})
 
 
-def _value_faults(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> list[str]:
+def _value_faults(temperature: float | None, top_k: int | None, top_p: float | None,
+                  seed: int | None) -> list[str]:
     faults = []
     if temperature is not None and not 0 <= temperature < math.inf:
-        faults.append(f"temperature: {temperature:g}; it must be 0 (most probable token) or a positive number; "
-                      "0.7 to 1.0 is usual")
+        faults.append(f"temperature: {temperature:g}; it must be 0 (most probable token) or a positive "
+                      "number; 0.7 to 1.0 is usual")
     if top_k is not None and top_k < 0:
         faults.append(f"top_k: {top_k}; it must be 0 (all tokens) or a positive count; 50 is usual")
     if top_p is not None and not 0 < top_p <= 1:
@@ -67,11 +68,13 @@ def _contradictions(temperature: float | None, top_k: int | None, top_p: float |
     faults = []
     if greedy:
         others = {"temperature": temperature or None, "top_k": top_k, "top_p": top_p}
-        faults += [f"greedy: given together with {name} {value:g}; greedy takes the most probable token and draws "
-                   "nothing; leave out one of the two" for name, value in others.items() if value is not None]
+        faults += [f"greedy: given together with {name} {value:g}; greedy takes the most probable token and "
+                   "draws nothing; leave out one of the two"
+                   for name, value in others.items() if value is not None]
     if (greedy or temperature == 0) and num_samples > 1:
-        faults.append(f"num_samples: {num_samples} with {'greedy' if greedy else 'temperature 0'}; all samples would "
-                      "be equal; ask for one, or draw with a temperature above 0")
+        how = "greedy" if greedy else "temperature 0"
+        faults.append(f"num_samples: {num_samples} with {how}; all samples would be equal; ask for one, or "
+                      "draw with a temperature above 0")
     return faults
 
 
@@ -84,7 +87,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
     Returns:
         [b, v] fp32, rows sum to 1; tokens filtered out have exactly 0.
-        Source: Holtzman et al. 2020, section 3.1 (nucleus), over the tokens that top-k left, as Hugging Face does.
+        Source: Holtzman et al. 2020, section 3.1 (nucleus); over what top-k left, as Hugging Face does.
     """
     assert sampling.temperature > 0, "at temperature 0 nothing is drawn"
     wide = logits.float()
@@ -93,13 +96,13 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     top_k = sampling.top_k if 0 < sampling.top_k < wide.shape[-1] else 0
     if not top_k and sampling.top_p == 1:
         return wide.softmax(-1)
-    ranked, order = _rank(wide, top_k)
+    ranked, ids = _rank(wide, top_k)
     shares = ranked.softmax(-1)
-    # A token stays when those before it do not reach p yet, so the one that crosses p stays and the first always does.
+    # A token stays while those before it fall short of p: the one that crosses p stays, the first always.
     before = shares.double().cumsum(-1) - shares
     shares = torch.where(before < sampling.top_p, shares, 0.0)
     shares = shares / shares.sum(-1, keepdim=True)
-    return torch.zeros_like(wide).scatter_(-1, order, shares)
+    return torch.zeros_like(wide).scatter_(-1, ids, shares)
 
 
 def _rank(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -126,8 +129,9 @@ class TokenChooser:
 
     def __init__(self, sampling: Sampling, num_samples: int = 1) -> None:
         self.sampling = sampling
-        seeds = torch.randint(2**63 - 1, (num_samples,), generator=torch.Generator().manual_seed(sampling.seed))
-        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        seeder = torch.Generator().manual_seed(sampling.seed)
+        seeds = torch.randint(2**63 - 1, (num_samples,), generator=seeder)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """[b, v] -> [b] int64 on the host
@@ -136,8 +140,8 @@ class TokenChooser:
             CheckpointError: the model gave something that is no number.
         """
         if not bool(torch.isfinite(logits).all()):
-            raise CheckpointError("model: its logits hold NaN or infinity; they must be numbers; the weights are damaged or "
-                                  "overflow in this dtype: try float32, or convert the checkpoint again")
+            raise CheckpointError("model: its logits hold NaN or infinity; they must be numbers; the weights are "
+                                  "damaged or overflow in this dtype: try float32, or convert again")
         if self.sampling.greedy:
             return logits.argmax(-1).cpu()  # the first, that is lowest, id among equals
         return self._draw(probabilities(logits, self.sampling).cpu().double())
@@ -146,7 +150,7 @@ class TokenChooser:
         """Invert the distribution function at one uniform number per sequence: [b, v] -> [b]."""
         edges = shares.cumsum(-1)
         total = edges[:, -1:]
-        uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators])  # [b, 1]
+        uniform = torch.stack([torch.rand(1, generator=one, dtype=torch.float64) for one in self._generators])
         # Strictly below the last edge, or rounding could land behind the last token that has a share.
-        points = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+        points = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))  # [b, 1]
         return torch.searchsorted(edges, points, right=True)[:, 0]

@@ -11,8 +11,8 @@ _HALF = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that make n
 class TextStream:
     """Give out the text that each new token completes.
 
-    A character outside the vocabulary comes as several byte tokens: text is held back until they make a
-    character. All pieces together are the text of the new tokens in the context of the prompt, spaces included.
+    A character outside of the vocabulary comes as several byte tokens: text is held back until they make a
+    character. All pieces together are the text of the new tokens behind the prompt, spaces included.
 
     Args:
         decode: token ids to text.
@@ -21,26 +21,27 @@ class TextStream:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int] = ()) -> None:
         self._decode = decode
-        # Only tokens since the last whole character but one are decoded again: a long text costs no more per token.
-        self._ids = list(prompt_ids)
-        self._given = len(self._ids)
+        # Only a window of tokens is decoded again and again, so that a long text costs no more per token: those
+        # of the last piece given out (their neighbours decide about spaces), and those that are held back.
+        self._window = list(prompt_ids)
+        self._given = len(self._window)
 
     def add(self, token: int) -> str:
         """Take a token; return the text it completes, empty while a character is half."""
-        self._ids.append(token)
-        before, text = self._decode(self._ids[: self._given]), self._decode(self._ids)
-        if text.endswith(_HALF):
-            return ""
-        return self._release(before, text)
+        self._window.append(token)
+        text = self._decode(self._window)
+        return "" if text.endswith(_HALF) else self._release(text)
 
     def finish(self) -> str:
         """Return what was held back, half characters as U+FFFD."""
-        return self._release(self._decode(self._ids[: self._given]), self._decode(self._ids))
+        return self._release(self._decode(self._window))
 
-    def _release(self, before: str, text: str) -> str:
-        if len(text) > len(before):
-            self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
-        return text[len(before) :]
+    def _release(self, text: str) -> str:
+        new = text[len(self._decode(self._window[: self._given])) :]
+        if new:
+            self._window = self._window[self._given :]
+        self._given = len(self._window)
+        return new
 
 
 def printable(text: str) -> str:

@@ -13,8 +13,9 @@ from megatron_ttl.model.llama import build_model
 
 def tiny(kv_heads: int = 2, **changes) -> ModelConfig:
     """A model of 10k weights."""
-    return ModelConfig(**{**dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                                 num_key_value_heads=kv_heads, vocab_size=61, max_position_embeddings=64), **changes})
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=kv_heads, vocab_size=61, max_position_embeddings=64)
+    return ModelConfig(**{**sizes, **changes})
 
 
 def test_append_returns_everything_so_far():
@@ -39,7 +40,7 @@ def test_memory_is_taken_once():
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_cached_logits_equal_uncached(kv_heads):
     config = tiny(kv_heads)
-    # Weights wide enough that attention is no longer uniform: at 0.02 a forgotten key would hardly be noticed.
+    # Wide weights, so that attention is not uniform: at 0.02 a forgotten key would hardly be noticed.
     model = build_model(config, seed=1)
     for weight in model.parameters():
         if weight.dim() == 2:
@@ -49,7 +50,8 @@ def test_cached_logits_equal_uncached(kv_heads):
         whole = model(ids)
         caches = build_caches(config, 40, "cpu", torch.float32, batch=2)
         # a prompt, single tokens, and several at once on top of a cache
-        pieces = [cached_logits(model, part, caches, last_only=False) for part in ids.split([17, 1, 1, 6, 1, 14], dim=1)]
+        parts = ids.split([17, 1, 1, 6, 1, 14], dim=1)
+        pieces = [cached_logits(model, part, caches, last_only=False) for part in parts]
     assert (torch.cat(pieces, dim=1) - whole).abs().max() <= 1e-5
     assert whole.std() > 0.1
 
@@ -72,5 +74,6 @@ def test_repeated_cache_holds_copies():
     new = torch.arange(3.0)[:, None, None, None].expand(3, 2, 1, 4)
     key, value = many.append(new, new)
     assert (many.length, cache.length) == (4, 3)
-    assert torch.equal(key[:, :, :3], prompt.expand(3, -1, -1, -1)) and torch.equal(value[2, :, :3], -prompt[0])
+    assert torch.equal(key[:, :, :3], prompt.expand(3, -1, -1, -1))
+    assert torch.equal(value[2, :, :3], -prompt[0])
     assert torch.equal(key[:, :, 3:], new)

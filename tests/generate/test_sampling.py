@@ -26,7 +26,8 @@ def brute_force(logits: list[float], temperature: float, top_k: int, top_p: floa
             break
         nucleus.append(i)
         mass += weights[i] / total
-    return [weights[i] / sum(weights[j] for j in nucleus) if i in nucleus else 0.0 for i in range(len(logits))]
+    kept_mass = sum(weights[i] for i in nucleus)
+    return [weights[i] / kept_mass if i in nucleus else 0.0 for i in range(len(logits))]
 
 
 # Eighths: logits with many ties, and differences that are exact in fp32.

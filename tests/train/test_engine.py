@@ -15,7 +15,7 @@ from megatron_ttl.train.optimizer import build_optimizer, parameter_groups
 STEPS, BATCH, SEQUENCE = 10, 12, 32
 
 
-def deepspeed_settings(stage, bf16, micro_batch, data_parallel=1, clipping=0.5):
+def deepspeed_settings(stage, bf16, micro_batch, data_parallel=1, clipping=0.3):
     accumulation = BATCH // micro_batch // data_parallel
     settings = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulation,
                 "train_batch_size": BATCH, "gradient_clipping": clipping, "zero_optimization": {"stage": stage},
@@ -36,7 +36,7 @@ def steps_of_data(micro_batch, rank=0, world_size=1, vocab_size=96):
         yield pairs[rank::world_size]
 
 
-def plain_loop(run, bf16, micro_batch, clipping=0.5):
+def plain_loop(run, bf16, micro_batch, clipping=0.3):
     """Train without DeepSpeed: fp32 masters, fp32 accumulation, torch's AdamW and clipping."""
     master = build_model(run.model, run.run.seed)
     model = build_model(run.model, run.run.seed, dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -63,7 +63,7 @@ def plain_loop(run, bf16, micro_batch, clipping=0.5):
     return torch.tensor([losses, norms], dtype=torch.float64), master
 
 
-def engine_loop(mesh, run, stage, bf16, micro_batch, clipping=0.5):
+def engine_loop(mesh, run, stage, bf16, micro_batch, clipping=0.3):
     """Train through the engine; return losses, norms and the final weights."""
     engine = Engine(run, deepspeed_settings(stage, bf16, micro_batch, mesh.world_size, clipping), mesh)
     results = [engine.train_step(micro_batches, run.optimizer.lr)
@@ -84,7 +84,7 @@ def test_every_stage_equals_a_plain_torch_loop():
     run = tiny_run("unused")
     curves = run_distributed(one_process_matrix, 1, run)[0]
     references = {(bf16, micro): plain_loop(run, bf16, micro)[0] for bf16 in (False, True) for micro in (12, 6, 3)}
-    assert references[False, 12][1].min() > 0.5, "clipping must be active or it is not tested"
+    assert references[False, 12][1].min() > 0.35, "clipping must be active or it is not tested"
     for (stage, bf16, micro), curve in curves.items():
         error = (curve - references[bf16, micro]).abs().amax(1)
         assert error.max() < (5e-4 if bf16 else 1e-6), (stage, bf16, micro, error)
