@@ -142,7 +142,7 @@ class Interval:
                 "grad_norm": float(self.grad_norm), "tokens_per_s": self.steps * run.train.tokens_per_step / elapsed,
                 "step_s": elapsed / self.steps, "data_wait_s": self.wait_s / self.steps,
                 "peak_memory_bytes": session.peak_memory_bytes(), "epochs": session.epochs(),
-                **session.energy.reading()}
+                **session.energy_row()}
 
 
 def save(session: Session) -> None:
@@ -153,10 +153,11 @@ def save(session: Session) -> None:
     """
     state = session.state
     groups = capture(session.engine.deepspeed, session.run.model, keep=session.mesh.is_first)
+    record = session.record()
     fault: DiskError | None = None
     if session.mesh.is_first:
         try:
-            session.folder.store.save(state.step, groups, session.record())
+            session.folder.store.save(state.step, groups, record)
         except DiskError as error:
             fault = error
     failed = session.mesh.any(fault is not None)
@@ -171,9 +172,9 @@ def save(session: Session) -> None:
 
 def evaluate(session: Session) -> dict[str, Any]:
     """Measure the loss on every held-out dataset, in nats per token."""
+    mesh = session.mesh
     row: dict[str, Any] = {"event": "evaluation", "step": session.state.step, "tokens": session.state.consumed_tokens}
     for prefix, dataset in session.held_out.items():
-        mesh = session.mesh
         nats, tokens = held_out_loss(session.engine.logits, dataset, session.micro_batch,
                                      rank=mesh.data_parallel_rank, world_size=mesh.data_parallel_size)
         nats, tokens = mesh.sum(nats, tokens)

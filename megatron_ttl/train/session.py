@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +66,14 @@ class Session:
 
     def epochs(self) -> dict[str, float]:
         """Return how often each source was read so far."""
-        return self.dataset.epochs(self.state.consumed_samples)
+        prefixes = [source.prefix for source in self.run.data.sources]
+        return dict(zip(prefixes, self.dataset.epochs(self.state.consumed_samples), strict=True))
+
+    def energy_row(self) -> dict[str, Any]:
+        """Return the energy of all nodes so far for a row of metrics; every process must call."""
+        row = self.energy.reading()
+        kwh, kilograms = self.mesh.sum(*self.energy.totals)
+        return row | {"energy_kwh": kwh, "emissions_kg_co2e": kilograms} if row else row
 
     def peak_memory_bytes(self) -> int:
         """Return this process's peak: of the GPU where there is one, of the host otherwise."""
@@ -74,10 +82,12 @@ class Session:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
     def record(self) -> dict[str, Any]:
-        """Return the small part of a checkpoint: position, totals, and what explains them."""
+        """Return the small part of a checkpoint: position, totals, and what explains them; every process must call."""
+        energy = self.energy.state()
+        energy["energy_kwh"], energy["emissions_kg_co2e"] = self.mesh.sum(*self.energy.totals)
         return {"step": self.state.step, "consumed_samples": self.state.consumed_samples,
                 "consumed_tokens": self.state.consumed_tokens, "epochs": self.epochs(),
-                "lr": self.schedule.at(self.state.step), "energy": self.energy.state(),
+                "lr": self.schedule.at(self.state.step), "energy": energy, "order": self.dataset.record(),
                 "wandb_run_id": self.metrics.wandb_run_id, "run": self.run.model_dump(mode="json"),
                 "versions": environment_report()}
 
@@ -102,10 +112,10 @@ def prepare(settings: Settings, mesh: Mesh) -> Session:
     engine = Engine(run, resolved, mesh)
     carried = checkpoint.record if checkpoint else {}
     if mesh.is_first:
-        folder.describe(resolved, environment_report(), dataset.tokenizer_directory)
-    energy = EnergyMeter(run.energy, folder.path, measures=mesh.local_rank == 0, **carry_on(carried.get("energy"), None))
-    metrics = MetricLogger(folder.metrics_path, run, settings, writes=mesh.is_first,
-                           wandb_run_id=carried.get("wandb_run_id"))
+        folder.describe(resolved, environment_report(), tokenizer_directory(dataset))
+    metrics = MetricLogger(folder.path, run, writes=mesh.is_first, wandb_run_id=carried.get("wandb_run_id"))
+    so_far = carry_on(carried.get("energy"), metrics.last_row) if mesh.is_first else None
+    energy = EnergyMeter(run.energy, folder.path, measures=mesh.local_rank == 0, carried=so_far)
     session = Session(run, mesh, folder, dataset, held_out, Schedule.of(run), engine, energy, metrics,
                       resolved["train_micro_batch_size_per_gpu"])
     if checkpoint is not None:
@@ -127,16 +137,33 @@ def _open_data(run: RunFile) -> tuple[CausalLMDataset, dict[str, HeldOutDataset]
             held_out[prefix] = HeldOutDataset(prefix, run.train.sequence_length, run.evaluation.max_tokens)
         except UserError as error:
             faults += error.faults
-    if dataset.vocab_size > run.model.vocab_size:
-        faults.append(f"model.vocab_size: {run.model.vocab_size}, and the tokenizer of {run.data.sources[0].prefix} has "
-                      f"{dataset.vocab_size} pieces; every piece needs a row; set model.vocab_size="
-                      f"{dataset.vocab_size} or more")
-    for prefix, other in held_out.items():
-        if other.tokenizer_checksum != dataset.tokenizer_checksum:
-            faults.append(f"evaluation.prefixes: {prefix} was made with another tokenizer than "
-                          f"{run.data.sources[0].prefix}; both must have one; preprocess it again")
+    faults += _tokenizer_faults(run, dataset, held_out)
     raise_faults(DataError, faults)
     return dataset, held_out
+
+
+def _tokenizer_faults(run: RunFile, dataset: CausalLMDataset, held_out: dict[str, HeldOutDataset]) -> list[str]:
+    """Check that training data, held-out data and model speak of the same pieces."""
+    manifests = {d.prefix: d.manifest for d in (*dataset.datasets, *held_out.values())}
+    faults = [f"{prefix}: has no manifest (.json); without it nobody knows its tokenizer; write it with "
+              "tools/preprocess_data.py" for prefix, manifest in manifests.items() if manifest is None]
+    known = {prefix: manifest.tokenizer for prefix, manifest in manifests.items() if manifest is not None}
+    for prefix, tokenizer in known.items():
+        if tokenizer.vocab_size > run.model.vocab_size:
+            faults.append(f"model.vocab_size: {run.model.vocab_size}, and the tokenizer of {prefix} has "
+                          f"{tokenizer.vocab_size} pieces; every piece needs a row; set "
+                          f"model.vocab_size={tokenizer.vocab_size} or more")
+    first = next(iter(known), None)
+    faults += [f"evaluation.prefixes: {prefix} was made with another tokenizer than {first}; both must have one; "
+               "preprocess it again" for prefix, tokenizer in known.items()
+               if tokenizer.checksum != known[first].checksum]
+    return faults
+
+
+def tokenizer_directory(dataset: CausalLMDataset) -> Path:
+    """Return the copy of the tokenizer beside the first source."""
+    first = dataset.datasets[0]
+    return Path(first.prefix).parent / first.manifest.tokenizer.directory
 
 
 def _claim(folder: RunFolder, mesh: Mesh) -> Checkpoint | None:
@@ -177,6 +204,6 @@ def _introduce(session: Session, checkpoint: Checkpoint | None) -> None:
                 "(accumulation x micro batch x sequence x data parallel)")
     session.say("; ".join(f"{len(group['names'])} tensors with weight decay {group['weight_decay']}"
                           for group in session.engine.decay_groups)
-                + f"; {dataset.remainder_tokens:,} tokens of the data left over by whole sequences")
+                + f"; {sum(dataset.remainder_tokens):,} tokens of the data left over by whole sequences")
     if session.state.step:
         session.metrics.row({"event": "resume", "step": session.state.step, "tokens": session.state.consumed_tokens})
