@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, help="read at most so many of each dataset (default: all)")
     parser.add_argument("--sequence-length", type=int,
                         help="tokens per window (default: as many as the model has positions)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda, else cpu")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -31,7 +31,7 @@ def main() -> None:
     columns = ("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes", "windows", "complete")
     rows = result["prefixes"] + ([result["total"]] if len(result["prefixes"]) > 1 else [])
     header = ("dataset", *(column.replace("_", " ") for column in columns))
-    print_table(header, [[row["prefix"], *(row[column] for column in columns)] for row in rows], result["model"])
+    print_table(header, [[row["prefix"], *map(row.get, columns)] for row in rows], title=result["model"])
     print(f"windows of {result['context_tokens']} tokens, {result['windowing']}; {result['dtype']} on "
           f"{result['device']}, {result['tokens_per_s']:,.0f} tokens/s")
 

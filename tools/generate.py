@@ -15,11 +15,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, help="0: the most probable token (default: 1.0)")
     parser.add_argument("--top-k", type=int, help="draw among the k best tokens; 0: all (default: 50)")
     parser.add_argument("--top-p", type=float,
-                        help="draw among the fewest tokens whose probabilities reach p; 1: all (default: 0.95)")
+                        help="draw among the fewest tokens that together reach p; 1: all (default: 0.95)")
     parser.add_argument("--seed", type=int, help="same seed, same text (default: 0)")
     parser.add_argument("--greedy", action="store_true", help="always take the most probable token")
     parser.add_argument("--num-samples", type=int, default=1, help="texts for one prompt (default: 1)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda, else cpu")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()

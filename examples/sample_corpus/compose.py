@@ -6,7 +6,7 @@ How a template is written:
     [one|two|]         one of the alternatives, which may hold anything a template may hold
     {list}             a random entry of a list of words or phrases (itself a template), not yet used in this document
     {x=list}           the same, kept under the name x and not printed
-    {x} {x*} {x.field} what x holds; its plural; a field of its record (a list field gives a random entry)
+    {x} {x*} {x.field} what x holds; its plural; a field of its record ({y=x.field} draws from a field that is a list)
     {cansado:x}        a determiner, pronoun or adjective agreeing with x; {cansado:x*} agrees with its plural
     {ele/ela:x}        the first or the second, by the gender of x
     {mood~x}           a random adjective of the list mood, agreeing with x
@@ -35,7 +35,7 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER))
 
-from portuguese import conjugate, fold, inflect, join, pluralise, spell  # noqa: E402
+from portuguese import FORMS, conjugate, fold, inflect, join, pluralise, spell  # noqa: E402
 
 MONTHS = "janeiro fevereiro março abril maio junho julho agosto setembro outubro novembro dezembro".split()
 WEEKDAYS = ("segunda-feira", "terça-feira", "quarta-feira", "quinta-feira", "sexta-feira", "sábado", "domingo")
@@ -106,6 +106,8 @@ def read_grammar() -> tuple[dict[str, list[Any]], list[dict[str, Any]], list[dic
                 lists[name] = [read_word(entry) for entry in value.split(",")]
             else:
                 lists[name] = [v if isinstance(v, str) else read_word(v["nome"], **v) for v in value]
+                lists |= {f"{w.text}.{key}": items for w in lists[name] if isinstance(w, Word)
+                          for key, items in w.fields.items() if isinstance(items, list)}
     lines = (FOLDER / "documents.jsonl").read_text(encoding="utf-8").splitlines()
     return lists, kinds, [json.loads(line) for line in lines]
 
@@ -151,6 +153,7 @@ class Composer:
         """Write one `{expression}` out."""
         if "=" in expression:
             name, _, value = expression.partition("=")
+            assert name not in FORMS, f"{name} is a word that agrees, it cannot be a name"
             self.names[name] = self.value(value)
             return ""
         if "~" in expression:
@@ -166,8 +169,7 @@ class Composer:
         name, _, key = expression.rstrip("*").partition(".")
         word = self.names[name] if name in self.names else self.draw(name)
         if key:
-            value = word.fields[key]
-            return self.render(value if isinstance(value, str) else value[self.below(len(value))])
+            return self.render(word.fields[key])
         return word.plural if expression.endswith("*") else word.text
 
     def agree(self, word: str, owner: str) -> str:
@@ -198,9 +200,7 @@ class Composer:
         key = head.partition(".")[2]
         if key:  # an entry of a record's list: drawn without repetition, like those of any other list
             word = self.names[head.partition(".")[0]]
-            listed = f"{word.text}.{key}"
-            self.lists.setdefault(listed, list(word.fields[key]))
-            return self.draw(listed)
+            return self.draw(f"{word.text}.{key}")
         return self.draw(head)
 
     def draw_date(self) -> Word:

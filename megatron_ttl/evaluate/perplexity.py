@@ -1,7 +1,7 @@
 """Measure held-out loss: nats per token, perplexity, and bits per byte, which compares across tokenizers.
 
-Text is read in windows of s tokens side by side, without overlap: a token is predicted from 1 to s tokens, those
-that precede it in its window. Every token after the first of the file is predicted exactly once, EOS too.
+Text is read in windows of s tokens side by side, without overlap: a token is predicted from 1 to s tokens,
+those that precede it in its window. Every token but the first of the file is predicted exactly once, EOS too.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def held_out_loss(logits_of: Callable[[Tensor], Tensor], dataset: HeldOutDataset
                   rank: int = 0, world_size: int = 1) -> tuple[float, int]:
     """Sum the losses of this rank's share of the windows.
 
-    Rank r takes windows r, r + world_size, ...; every rank calls the model equally often with the same shapes,
-    as engines that gather weights during the call need it (windows that are missing count nothing). The sums of
-    all ranks, added, are those of one.
+    Rank r takes windows r, r + world_size, ...; every rank calls the model equally often with the same
+    shapes, as engines that gather weights during the call need it (windows that are missing count nothing).
+    The sums of all ranks, added, are those of one.
 
     Args:
         logits_of: [b, s] int64 -> [b, s, v]; a model in training is as good as any, no gradient is kept.
@@ -141,8 +141,8 @@ def _open_datasets(opened: OpenModel, prefixes: list[str], sequence_length: int,
     datasets, faults = {}, []
     positions = opened.config.max_position_embeddings
     if sequence_length > positions:
-        faults.append(f"sequence_length: {sequence_length}; {opened.directory} has {positions} positions; give "
-                      "at most so many")
+        faults.append(f"sequence_length: {sequence_length}; {opened.directory} has {positions} positions; "
+                      "give at most so many")
     for prefix in prefixes:
         try:
             datasets[prefix] = HeldOutDataset(prefix, sequence_length, max_tokens)
@@ -164,8 +164,8 @@ def _fit_faults(opened: OpenModel, prefix: str, dataset: HeldOutDataset) -> Iter
                f"{tokenizer.checksum}; they must be the same; tokenize the text again with --tokenizer "
                f"{opened.directory}")
     if (largest := int(dataset.dataset.tokens[: dataset.token_count].max())) >= opened.config.vocab_size:
-        yield (f"{prefix}: holds id {largest}; {opened.directory} has {opened.config.vocab_size} rows, every id "
-               "must be below; the file is damaged: copy it again, or tokenize the text again")
+        yield (f"{prefix}: holds id {largest}; {opened.directory} has {opened.config.vocab_size} rows, every "
+               "id must be below; the file is damaged: copy it again, or tokenize the text again")
 
 
 def _target_bytes(opened: OpenModel, dataset: HeldOutDataset) -> int:
@@ -183,8 +183,8 @@ def _measures(opened: OpenModel, nats: float, tokens: int, text_bytes: int) -> d
     if not mean < 700:  # NaN too
         ignorant = math.log(opened.config.vocab_size)
         raise CheckpointError(f"{opened.directory}: its loss is {mean:g} nats per token; a model that knows "
-                              f"nothing has {ignorant:.1f}; the weights are damaged or overflow in this dtype: "
-                              "try float32, or convert the checkpoint again")
+                              f"nothing has {ignorant:.1f}; the weights are damaged or overflow in this "
+                              "dtype: try float32, or convert the checkpoint again")
     return {"nats_per_token": mean, "perplexity": math.exp(mean),
             "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None, "tokens": tokens,
             "bytes": text_bytes, "nats": nats}

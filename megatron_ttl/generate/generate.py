@@ -110,7 +110,8 @@ def generate(model: nn.Sequential, config: ModelConfig, prompt_ids: Sequence[int
              vocab_size: int | None = None) -> list[list[int]]:
     """Return the new ids of every sample, EOS included where one came; arguments as for `generate_steps`."""
     samples: list[list[int]] = [[] for _ in range(num_samples)]
-    steps = generate_steps(model, config, prompt_ids, max_new_tokens, sampling, eos_id, num_samples, vocab_size)
+    steps = generate_steps(model, config, prompt_ids, max_new_tokens, sampling, eos_id, num_samples,
+                           vocab_size)
     for step in steps:
         for ids, token in zip(samples, step, strict=True):
             if token is not None:
@@ -149,8 +150,8 @@ def continue_prompt(opened: OpenModel, prompt: str, max_new_tokens: int, samplin
             without it progress is shown.
 
     Returns:
-        `samples` (each `text` after the prompt, `new_tokens`, `ended` by "eos" or "length"), counts, settings,
-        and tokens per second of all samples together; the first token counts as part of reading the prompt.
+        `samples` (each `text` after the prompt, `new_tokens`, `ended` by "eos" or "length"), settings, times,
+        and tokens per second of all samples together; the first token counts to the reading of the prompt.
 
     Raises:
         UserError: as `generate_steps` and `encode_prompt`.

@@ -60,8 +60,8 @@ def open_model_folder(path: str | os.PathLike[str], device: str = "auto",
         UserError: the device, the folder or a file in it is missing or wrong.
     """
     if dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r}; it must be one of {', '.join(DTYPES)}; float32 is exact, bfloat16 "
-                        "takes half the memory")
+        raise UserError(f"dtype: {dtype!r}; it must be one of {', '.join(DTYPES)}; take float32 for exact "
+                        "figures, bfloat16 for half the memory")
     directory, where = Path(path), choose_device(device)
     model, config = load_model_folder(directory, where, DTYPES[dtype])
     tokenizer = Tokenizer.load(directory)
@@ -73,7 +73,7 @@ def open_model_folder(path: str | os.PathLike[str], device: str = "auto",
 
 
 def _adds_bos(directory: Path) -> bool:
-    """Read `add_bos_token` of the folder's tokenizer_config.json; as in Hugging Face's Llama, silent means true."""
+    """Read `add_bos_token` of tokenizer_config.json; left out, it is true, as in Hugging Face's Llama."""
     path = directory / "tokenizer_config.json"
     cure = "convert the checkpoint again with tools/convert_to_hf.py"
     try:

@@ -106,7 +106,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _rank(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the top_k logits (0: all) from the best down, ties by id, and their ids: [b, v] -> 2 x [b, k]."""
+    """Return the top_k logits (0: all) best first, ties by id, and their ids: [b, v] -> [b, k] each."""
     if top_k:
         best, ids = logits.topk(top_k)
         if int((logits >= best[:, -1:]).sum()) == best.numel():  # else topk chose among equals as it liked
@@ -140,8 +140,8 @@ class TokenChooser:
             CheckpointError: the model gave something that is no number.
         """
         if not bool(torch.isfinite(logits).all()):
-            raise CheckpointError("model: its logits hold NaN or infinity; they must be numbers; the weights are "
-                                  "damaged or overflow in this dtype: try float32, or convert again")
+            raise CheckpointError("model: its logits hold NaN or infinity; they must be numbers; the weights "
+                                  "are damaged or overflow in this dtype: try float32, or convert again")
         if self.sampling.greedy:
             return logits.argmax(-1).cpu()  # the first, that is lowest, id among equals
         return self._draw(probabilities(logits, self.sampling).cpu().double())

@@ -21,8 +21,8 @@ class TextStream:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int] = ()) -> None:
         self._decode = decode
-        # Only a window of tokens is decoded again and again, so that a long text costs no more per token: those
-        # of the last piece given out (their neighbours decide about spaces), and those that are held back.
+        # Only a window of tokens is decoded again and again, so that a long text costs no more per token:
+        # those of the last piece given out (the first of a text may lose its space), and those held back.
         self._window = list(prompt_ids)
         self._given = len(self._window)
 

@@ -17,9 +17,10 @@ from megatron_ttl.config.load import Settings
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
 from megatron_ttl.errors import DataError, UserError, raise_faults
-from megatron_ttl.model.flops import count_parameters
+from megatron_ttl.model.flops import count_parameters, flops_per_token
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.runtime import environment_report, seed_everything
+from megatron_ttl.train.device_peaks import peak_flops
 from megatron_ttl.train.energy import EnergyMeter, carry_on, country_faults
 from megatron_ttl.train.engine import Engine
 from megatron_ttl.train.metrics import MetricLogger
@@ -74,6 +75,14 @@ class Session:
         row = self.energy.reading()
         kwh, kilograms = self.mesh.sum(*self.energy.totals)
         return row | {"energy_kwh": kwh, "emissions_kg_co2e": kilograms} if row else row
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Return the share of the devices' dense bf16 peak, by the C formula; None where the peak is unknown."""
+        if self.engine.device.type != "cuda":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self.engine.device))
+        flops = flops_per_token(self.run.model, self.run.train.sequence_length, "C") * tokens_per_s
+        return flops / (peak * self.mesh.world_size) if peak else None
 
     def peak_memory_bytes(self) -> int:
         """Return this process's peak: of the GPU where there is one, of the host otherwise."""
