@@ -71,10 +71,12 @@ def plan_manifest(step: int, groups: Mapping[str, Mapping[str, Tensor]], record:
     assert not wrong, f"group names are file names: {wrong}"
     files = {file_name(group): encoded_bytes(tensors) for group, tensors in groups.items()}
     files[RECORD] = len(record)
-    return Manifest(
+    manifest = Manifest(
         step=step, files={name: FileEntry(bytes=size, checksum=_TEMPLATE) for name, size in files.items()},
         groups={group: {name: TensorEntry(dtype=dtype_name(tensor.dtype), shape=list(tensor.shape))
                         for name, tensor in tensors.items()} for group, tensors in groups.items()})
+    assert len(manifest.encode()) <= MAX_JSON_BYTES, "a checkpoint that could not be read must not be written"
+    return manifest
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
@@ -84,10 +86,13 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
         CheckpointError: it holds something that is not JSON, such as NaN.
     """
     try:
-        return json.dumps(dict(record), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        payload = json.dumps(dict(record), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        if len(payload) <= MAX_JSON_BYTES:
+            return payload
+        raise ValueError(f"{len(payload):,} bytes, more than {MAX_JSON_BYTES:,}")
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{RECORD}: cannot be written ({error}); it must be plain JSON without NaN and infinity; "
-                              "leave the value out") from None
+        raise CheckpointError(f"{RECORD}: cannot be written ({error}); it must be plain and small JSON without NaN "
+                              "and infinity; leave the value out") from None
 
 
 def read_manifest(folder: Path) -> Manifest:

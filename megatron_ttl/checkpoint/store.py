@@ -9,7 +9,6 @@ matched its manifest. Reading changes nothing on the disk; one process at a time
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -161,7 +160,9 @@ class CheckpointStore:
                 self.warnings.append(f"step {step}: a valid checkpoint is there already; it stays as it is")
                 return Saved(target, False, 0)
             require_free_space(self.directory, needed, f"the checkpoint of step {step}")
-            self.directory.mkdir(parents=True, exist_ok=True)
+            if not self.directory.is_dir():
+                self.directory.mkdir(parents=True)
+                fsync_directory(self.directory.parent)
             _fill(temporary, plan, tensors, payload)
             self._move_aside(target)
             os.rename(temporary, target)
