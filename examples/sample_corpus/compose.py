@@ -226,7 +226,7 @@ def tidy(text: str) -> str:
     text = re.sub(r" +", " ", text)
     text = re.sub(r" ([,.;:!?](?:\s|$))", r"\1", text)
     text = re.sub(r" *\n *", "\n", text)
-    return re.sub(r"(^|[.!?]”? |\n(?:— )?|^— |: “)([a-zà-ÿ])", lambda m: m.group(1) + m.group(2).upper(), text)
+    return re.sub(r"(^|[.!?]”? |\n(?:— )?|\. — |: “)([a-zà-ÿ])", lambda m: m.group(1) + m.group(2).upper(), text)
 
 
 def compose_one(seed: int, index: int, attempt: int) -> dict[str, str]:

@@ -85,9 +85,9 @@ def _nats(logits: Tensor, labels: Tensor) -> Tensor:
     return total
 
 
-def perplexity_report(folder: str | os.PathLike[str], prefixes: Iterable[str], batch: int = 8,
-                      max_tokens: int | None = None, sequence_length: int | None = None, device: str = "auto",
-                      dtype: str = "float32") -> dict[str, Any]:
+def perplexity_report(folder: str | os.PathLike[str], prefixes: Iterable[str | os.PathLike[str]],
+                      batch: int = 8, max_tokens: int | None = None, sequence_length: int | None = None,
+                      device: str = "auto", dtype: str = "float32") -> dict[str, Any]:
     """Evaluate a model folder on tokenised datasets.
 
     Args:
@@ -104,7 +104,7 @@ def perplexity_report(folder: str | os.PathLike[str], prefixes: Iterable[str], b
     Raises:
         UserError: every fault of the numbers, then of the folder, then of all datasets.
     """
-    prefixes = list(dict.fromkeys(prefixes))
+    prefixes = list(dict.fromkeys(map(os.fspath, prefixes)))
     raise_faults(UserError, _number_faults(prefixes, batch, max_tokens, sequence_length))
     opened = open_model_folder(folder, device, dtype)
     length = sequence_length or opened.config.max_position_embeddings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatron_ttl.checkpoint.hf import load_model_folder
+from megatron_ttl.checkpoint.bounded_json import read_json_object
+from megatron_ttl.checkpoint.hf import DTYPES, load_model_folder
 from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.errors import CheckpointError, UserError
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -75,16 +73,8 @@ def open_model_folder(path: str | os.PathLike[str], device: str = "auto",
 def _adds_bos(directory: Path) -> bool:
     """Read `add_bos_token` of tokenizer_config.json; left out, it is true, as in Hugging Face's Llama."""
     path = directory / "tokenizer_config.json"
-    cure = "convert the checkpoint again with tools/convert_to_hf.py"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); it must say whether prompts begin "
-                              f"with BOS; {cure}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is not JSON ({error}); it must be a tokenizer's settings; "
-                              f"{cure}") from None
-    policy = value.get("add_bos_token", True) if isinstance(value, dict) else None
+    policy = read_json_object(path, follow_links=True).get("add_bos_token", True)
     if not isinstance(policy, bool):
-        raise CheckpointError(f"{path}: add_bos_token: {policy!r}; it must be true or false; {cure}")
+        raise CheckpointError(f"{path}: add_bos_token: {policy!r}; it must be true or false; convert the "
+                              "checkpoint again with tools/convert_to_hf.py")
     return policy

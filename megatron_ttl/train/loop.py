@@ -138,9 +138,8 @@ class Interval:
         """Make a row of metrics."""
         run, state, loss = session.run, session.state, self.mean_loss(session)
         elapsed = time.perf_counter() - self.started - self.paused_s
-        rate = self.steps * run.train.tokens_per_step / elapsed
         return {"event": "train", "step": state.step, "tokens": state.consumed_tokens, "loss": loss, "lr": lr,
-                "grad_norm": float(self.grad_norm), "tokens_per_s": rate, "mfu": session.mfu(rate),
+                "grad_norm": float(self.grad_norm), "tokens_per_s": self.steps * run.train.tokens_per_step / elapsed,
                 "step_s": elapsed / self.steps, "data_wait_s": self.wait_s / self.steps,
                 "peak_memory_bytes": session.peak_memory_bytes(), "epochs": session.epochs(),
                 **session.energy_row()}

@@ -1,139 +1,152 @@
-"""What a run says about itself: metrics.jsonl always, a line for people, a mirror where one is asked for."""
+"""Rows of metrics: kept in metrics.jsonl, shown on one line each, mirrored to Weights & Biases."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.console import format_duration
 from megatron_ttl.files import human_bytes
+from megatron_ttl.model.flops import flops_per_token
+from megatron_ttl.train.device_peaks import model_flops_utilisation, peak_flops_per_s
+from megatron_ttl.train.row_file import RowFile
 from megatron_ttl.train.tracking import WandbMirror
-
-_LONGEST_ROW_BYTES = 1 << 20
 
 
 class MetricLogger:
-    """Take rows; the first process writes, prints and mirrors them. A context manager.
+    """Take rows and bring them to the file, the screen and the mirror; a context manager.
 
-    Rows of a run that was killed and went on stay in the file: a later row of the same event and step counts, and a
-    row `"event": "resume"` marks the place.
+    A row is a flat dict with `event` (train, evaluation, checkpoint, resume), `step` and `tokens`. To a train row
+    are added `mfu` and `eta_s`; to every row the time. A process that does not write takes rows and drops them.
     """
 
-    def __init__(self, run_dir: Path, run: RunFile, writes: bool, wandb_run_id: str | None = None) -> None:
-        self.path = Path(run_dir) / "metrics.jsonl"
+    def __init__(self, path: Path, run: RunFile, deepspeed: dict[str, Any], *, writes: bool = True,
+                 wandb_run_id: str | None = None, devices: int = 1, device_name: str = "cpu",
+                 stream: IO[str] | None = None) -> None:
+        self._total_steps = run.total_steps
+        self._devices = devices
+        self._peak = peak_flops_per_s(device_name)
+        self._flops_per_token = flops_per_token(run.model, run.train.sequence_length, "C")
         self.wandb_run_id = wandb_run_id
-        self.last_row: dict[str, Any] | None = None
-        self._run, self._run_dir, self._writes = run, Path(run_dir), writes
-        self._file: IO[str] | None = None
+        self._file: RowFile | None = None
         self._mirror: WandbMirror | None = None
-        self._say: Callable[[str, int], None] = lambda line, step: print(line, file=sys.stderr, flush=True)
-        self._open_things = ExitStack()
+        self._screen: Screen | None = None
         if writes:
-            cut = repair(self.path)
-            if cut:
-                print(f"warning: {self.path}: the last line was torn by a kill; its {cut} bytes were cut off",
-                      file=sys.stderr)
-            self.last_row = _last_row(self.path)
-            self._file = open(self.path, "a", encoding="utf-8")
+            path = Path(path)
+            self._file = RowFile(path)
+            self._screen = Screen(self._total_steps, stream or sys.stdout)
+            self._mirror = WandbMirror(run.log, path.parent, path.parent.name,
+                                       {"run": run.model_dump(mode="json"), "deepspeed": deepspeed}, wandb_run_id)
+            self.wandb_run_id = self._mirror.run_id or wandb_run_id
 
     def __enter__(self) -> MetricLogger:
-        if self._writes:
-            self._mirror = WandbMirror(self._run.log, self._run_dir, self._run_dir.name,
-                                       self._run.model_dump(mode="json"), self.wandb_run_id)
-            self.wandb_run_id = self._mirror.run_id
-            if sys.stderr.isatty():
-                self._say = _bar(self._open_things, self._run.total_steps)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open_things.close()
-        if self._mirror is not None:
-            self._mirror.close()
-        if self._file is not None:
-            self._file.close()
+        self.close()
 
-    def row(self, row: dict[str, Any]) -> None:
-        """Append one row, print it, mirror it. Numbers that are not finite become null, as JSON asks."""
-        if self._file is None:
-            return
-        self._file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-        self._say(format_row(row, self._run.total_steps), row["step"])
+    def row(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Keep, show and mirror one row; return it with what was added."""
+        row = self._complete(values)
+        if self._file is not None:
+            self._file.append(row)
         if self._mirror is not None:
             self._mirror.log(row, row["step"])
+        if self._screen is not None:
+            self._screen.show(row)
+        return row
+
+    def close(self) -> None:
+        """End the file, the screen and the mirror."""
+        for part in (self._screen, self._file, self._mirror):
+            if part is not None:
+                part.close()
+
+    def _complete(self, values: dict[str, Any]) -> dict[str, Any]:
+        row = {**values, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        if "tokens_per_s" in row:
+            mfu = model_flops_utilisation(row["tokens_per_s"], self._flops_per_token, self._peak, self._devices)
+            if mfu is not None:
+                row["mfu"] = mfu
+        if "step_s" in row:
+            row["eta_s"] = max(0, self._total_steps - row["step"]) * row["step_s"]
+        return row
+
+
+class Screen:
+    """Print one line per row; on a terminal with a bar below that says how far the run is."""
+
+    def __init__(self, total_steps: int, stream: IO[str]) -> None:
+        self._total_steps, self._stream = total_steps, stream
+        self._bar: Any = None
+        if stream.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(progress.TextColumn("{task.description}"), progress.BarColumn(None),
+                                          progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[eta]}"),
+                                          console=Console(file=stream), auto_refresh=False, transient=True)
+            self._task = self._bar.add_task("training", total=total_steps, eta="")
+            self._bar.start()
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Print a row; a screen that has gone away does not stop the run."""
+        line = format_row(row, self._total_steps)
+        try:
+            if self._bar is None:
+                print(line, file=self._stream, flush=True)
+                return
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            eta = f"{format_duration(row['eta_s'])} left" if "eta_s" in row else ""
+            self._bar.update(self._task, completed=row["step"], refresh=True, **({"eta": eta} if eta else {}))
+        except (OSError, ValueError):
+            self._bar = None
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 def format_row(row: dict[str, Any], total_steps: int) -> str:
-    """Put a row on one line, with `key value` pairs that grep and awk can read."""
-    parts = [f"step {row['step']}/{total_steps}"]
-    if row["event"] != "train":
-        parts.append(row["event"])
-        parts += [f"{key} {value:.4f}" for key, value in row.items() if key.startswith(("loss/", "perplexity/"))]
-        return " | ".join(parts)
-    parts += [f"loss {row['loss']:.4f}", f"lr {row['lr']:.3e}", f"grad norm {row['grad_norm']:.3f}",
-              f"{row['tokens_per_s']:,.0f} tok/s", f"MFU {100 * row['mfu']:.1f} %" if row.get("mfu") else "MFU -",
-              f"memory {human_bytes(row['peak_memory_bytes'])}", f"data wait {1000 * row['data_wait_s']:.1f} ms"]
-    if "energy_kwh" in row:
-        parts.append(f"{row['energy_kwh']:.4g} kWh {row['emissions_kg_co2e']:.4g} kgCO2e"
-                     + (" (stale)" if row.get("energy_stale") else ""))
-    parts.append(f"ETA {format_duration((total_steps - row['step']) * row['step_s'])}")
-    return " | ".join(parts)
+    """Write a row as one line of `name value` pairs, two blanks apart, so that it can be searched and cut."""
+    begin = f"step {row['step']}/{total_steps}"
+    event = row.get("event", "train")
+    if event == "evaluation":
+        return "  ".join([begin, "evaluation", *_evaluation_pairs(row)])
+    if event != "train":
+        return f"{begin}  {event}"
+    pairs = (("loss", _number(row.get("loss"), ".4f")), ("lr", _number(row.get("lr"), ".2e")),
+             ("norm", _number(row.get("grad_norm"), ".2f")), ("tok/s", _count(row.get("tokens_per_s"))),
+             ("mfu", _number(row.get("mfu"), ".1%")), ("mem", _bytes(row.get("peak_memory_bytes"))),
+             ("wait", _number(row.get("data_wait_s"), ".3f", "s")), ("kWh", _number(row.get("energy_kwh"), ".4f")),
+             ("eta", format_duration(row["eta_s"]) if row.get("eta_s") is not None else "-"))
+    return "  ".join([begin, *(f"{name} {value}" for name, value in pairs)])
 
 
-def repair(path: Path) -> int:
-    """Cut off a last line that a kill left without its end; return how many bytes went."""
-    if not path.exists():
-        return 0
-    with open(path, "r+b") as handle:
-        size = handle.seek(0, os.SEEK_END)
-        start = max(0, size - _LONGEST_ROW_BYTES)
-        handle.seek(start)
-        whole = start + handle.read().rfind(b"\n") + 1
-        if whole < size:
-            handle.truncate(whole)
-        return size - whole
+def _evaluation_pairs(row: dict[str, Any]) -> list[str]:
+    """Write `loss/<prefix>` and `perplexity/<prefix>` of every prefix."""
+    prefixes = [key.removeprefix("loss/") for key in row if key.startswith("loss/")]
+    return [f"{prefix}: loss {_number(row[f'loss/{prefix}'], '.4f')} "
+            f"perplexity {_number(row.get(f'perplexity/{prefix}'), '.2f')}" for prefix in prefixes]
 
 
-def _last_row(path: Path) -> dict[str, Any] | None:
-    """Return the newest row with energy in it: the totals of a killed run are larger than its last checkpoint's."""
-    if not path.exists():
-        return None
-    with open(path, "rb") as handle:
-        handle.seek(max(0, handle.seek(0, os.SEEK_END) - _LONGEST_ROW_BYTES))
-        lines = handle.read().splitlines()
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the first line of the tail may be half of one
-        if isinstance(row, dict) and "energy_kwh" in row:
-            return row
-    return None
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and value - value != 0 else value
+def _bytes(value: float | None) -> str:
+    return "-" if value is None else human_bytes(value)
 
 
-def _bar(open_things: ExitStack, total_steps: int) -> Callable[[str, int], None]:
-    """Open a progress bar on the terminal; return a function that prints a line above it and moves it."""
-    from rich import progress as rp
-    from rich.console import Console
-
-    columns = (rp.TextColumn("pretraining"), rp.BarColumn(), rp.MofNCompleteColumn(), rp.TimeRemainingColumn())
-    bar = open_things.enter_context(rp.Progress(*columns, console=Console(stderr=True), transient=True))
-    task = bar.add_task("", total=total_steps)
-
-    def say(line: str, step: int) -> None:
-        bar.update(task, completed=step)
-        bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    return say
+def _count(value: float | None) -> str:
+    if value is None:
+        return "-"
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{suffix}"
+    return f"{value:.0f}"

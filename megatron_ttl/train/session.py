@@ -17,13 +17,13 @@ from megatron_ttl.config.load import Settings
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
 from megatron_ttl.errors import DataError, UserError, raise_faults
-from megatron_ttl.model.flops import count_parameters, flops_per_token
+from megatron_ttl.model.flops import count_parameters
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.runtime import environment_report, seed_everything
-from megatron_ttl.train.device_peaks import peak_flops
 from megatron_ttl.train.energy import EnergyMeter, carry_on, country_faults
 from megatron_ttl.train.engine import Engine
 from megatron_ttl.train.metrics import MetricLogger
+from megatron_ttl.train.row_file import trim_rows
 from megatron_ttl.train.run_folder import RunFolder
 from megatron_ttl.train.schedule import Schedule
 
@@ -76,14 +76,6 @@ class Session:
         kwh, kilograms = self.mesh.sum(*self.energy.totals)
         return row | {"energy_kwh": kwh, "emissions_kg_co2e": kilograms} if row else row
 
-    def mfu(self, tokens_per_s: float) -> float | None:
-        """Return the share of the devices' dense bf16 peak, by the C formula; None where the peak is unknown."""
-        if self.engine.device.type != "cuda":
-            return None
-        peak = peak_flops(torch.cuda.get_device_name(self.engine.device))
-        flops = flops_per_token(self.run.model, self.run.train.sequence_length, "C") * tokens_per_s
-        return flops / (peak * self.mesh.world_size) if peak else None
-
     def peak_memory_bytes(self) -> int:
         """Return this process's peak: of the GPU where there is one, of the host otherwise."""
         if self.engine.device.type == "cuda":
@@ -122,8 +114,10 @@ def prepare(settings: Settings, mesh: Mesh) -> Session:
     carried = checkpoint.record if checkpoint else {}
     if mesh.is_first:
         folder.describe(resolved, environment_report(), tokenizer_directory(dataset))
-    metrics = MetricLogger(folder.path, run, writes=mesh.is_first, wandb_run_id=carried.get("wandb_run_id"))
-    so_far = carry_on(carried.get("energy"), metrics.last_row) if mesh.is_first else None
+    last_row = trim_rows(folder.metrics_path, carried.get("step", 0)) if mesh.is_first else None
+    metrics = MetricLogger(folder.metrics_path, run, resolved, writes=mesh.is_first, devices=mesh.world_size,
+                           wandb_run_id=carried.get("wandb_run_id"), device_name=environment_report()["device"])
+    so_far = carry_on(carried.get("energy"), last_row) if mesh.is_first else None
     energy = EnergyMeter(run.energy, folder.path, measures=mesh.local_rank == 0, carried=so_far)
     session = Session(run, mesh, folder, dataset, held_out, Schedule.of(run), engine, energy, metrics,
                       resolved["train_micro_batch_size_per_gpu"])

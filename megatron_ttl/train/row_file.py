@@ -1,0 +1,113 @@
+"""Keep rows of JSON in a file that a killed process may leave torn and a full disk may refuse for a while."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_ttl.console import print_warning
+
+
+class RowFile:
+    """Append one JSON line per row; a reader never meets half a line, save the last one after a kill."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        repair(self.path)
+        self._handle = open(self.path, "ab", buffering=0)
+        self._waiting = b""
+        self._warned = False
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write a row; when the disk refuses it, warn once and write it with a later one."""
+        self._waiting += json.dumps(_plain(row), ensure_ascii=False, default=str).encode() + b"\n"
+        size = os.fstat(self._handle.fileno()).st_size
+        try:
+            written = self._handle.write(self._waiting) or 0
+            if written < len(self._waiting):
+                raise OSError("only a part was written")
+        except OSError as error:
+            os.truncate(self._handle.fileno(), size)
+            if not self._warned:
+                self._warned = True
+                print_warning(f"{self.path}: a row could not be written ({error.strerror or error}); rows are kept in "
+                              "memory until it works again")
+        else:
+            self._waiting = b""
+
+    def close(self) -> None:
+        """Make the rows survive a power cut, as far as the disk can."""
+        if self._handle.closed:
+            return
+        try:
+            os.fsync(self._handle.fileno())
+        except OSError as error:
+            print_warning(f"{self.path}: {error.strerror}")
+        self._handle.close()
+
+
+def repair(path: Path) -> None:
+    """Cut a last line that a killed process left torn, and say so."""
+    if not path.is_file():
+        return
+    size = path.stat().st_size
+    whole = end = 0
+    for end, row in _lines(path):
+        if row is None:
+            break
+        whole = end
+    if whole < size:
+        os.truncate(path, whole)
+        print_warning(f"{path}: the last {size - whole} bytes were not a whole row; they are cut")
+
+
+def trim_rows(path: Path, last_step: int) -> dict[str, Any] | None:
+    """Cut the rows after `last_step`, which a resumed run writes again, and return what was the last row.
+
+    That row may know totals (energy) that no checkpoint has.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    repair(path)
+    last: dict[str, Any] | None = None
+    keep, cut = 0, 0
+    for end, row in _lines(path):
+        last = row or last
+        if cut or (row or {}).get("step", 0) > last_step:
+            cut += 1
+        else:
+            keep = end
+    if cut:
+        os.truncate(path, keep)
+        print_warning(f"{path}: {cut} rows after step {last_step} are cut; the run writes them again")
+    return last
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yield for every line where it ends and its row; None for one that is no row."""
+    end = 0
+    with open(path, "rb") as handle:
+        for line in handle:
+            end += len(line)
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                row = None
+            yield end, row if isinstance(row, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    """Replace what JSON has no word for: NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
