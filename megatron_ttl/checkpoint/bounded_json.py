@@ -34,12 +34,13 @@ def read_regular_file(path: Path, limit_bytes: int, follow_links: bool = False) 
     except OSError as error:
         what = "is a symbolic link" if path.is_symlink() and not follow_links else f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{path}: {what}; it must be a regular file; {_CURE}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path}: is no regular file; it must be one; {_CURE}")
     with open(descriptor, "rb") as handle:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: is no regular file; it must be one; {_CURE}")
-        if status.st_size > limit_bytes:
-            raise CheckpointError(f"{path}: has {status.st_size:,} bytes; it must have at most {limit_bytes:,}; {_CURE}")
+        size = os.fstat(descriptor).st_size
+        if size > limit_bytes:
+            raise CheckpointError(f"{path}: has {size:,} bytes; it must have at most {limit_bytes:,}; {_CURE}")
         try:
             return handle.read(limit_bytes)
         except OSError as error:

@@ -95,8 +95,12 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
                               "and infinity; leave the value out") from None
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, step: int | None = None) -> Manifest:
     """Read and check the manifest of a folder, and that every file has the right size; reads no tensor.
+
+    Args:
+        folder: the checkpoint.
+        step: the step that it must be of; None for any.
 
     Raises:
         CheckpointError: with all faults, each naming its file.
@@ -120,17 +124,21 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.encode() != payload:
         raise CheckpointError(f"{path}: its own checksum does not match, it was changed; it must be as it was written; "
                               f"{_CURE}")
+    if step is not None and manifest.step != step:
+        raise CheckpointError(f"{path}: is of step {manifest.step}; the folder's name must say the same; {_CURE}")
     raise_faults(CheckpointError, _name_faults(path, manifest) or _size_faults(folder, manifest))
     return manifest
 
 
-def verify(folder: Path) -> tuple[Manifest, dict[str, Any]]:
+def verify(folder: Path, step: int | None = None) -> tuple[Manifest, dict[str, Any]]:
     """Read every byte of a checkpoint folder and compare it with the manifest; return manifest and record.
+
+    Takes what `read_manifest` takes.
 
     Raises:
         CheckpointError: with all faults, each naming its file.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, step)
     with ThreadPoolExecutor(4) as pool:  # hashing and reading release the GIL
         found = list(pool.map(lambda name: _content_fault(folder / name, manifest.files[name]), manifest.files))
     raise_faults(CheckpointError, filter(None, found))

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_ttl.checkpoint.manifest import (MANIFEST, RECORD, FileEntry, Manifest, encode_record, file_name,
+from megatron_ttl.checkpoint.manifest import (RECORD, MANIFEST, FileEntry, Manifest, encode_record, file_name,
                                               plan_manifest, read_manifest, verify)
 from megatron_ttl.checkpoint.tensor_file import write_tensors
 from megatron_ttl.errors import CheckpointError, DiskError
@@ -105,11 +105,8 @@ class CheckpointStore:
         if isinstance(which, int) and not folder.exists():
             known = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{folder}: does not exist; step must be one of those kept ({known}); choose one")
-        manifest, record = verify(folder)
-        match = _STEP.fullmatch(folder.name)
-        if match and int(match[1]) != manifest.step:
-            raise CheckpointError(f"{folder / MANIFEST}: is of step {manifest.step}; the folder's name must say the same; "
-                                  "use another checkpoint")
+        named = _STEP.fullmatch(folder.name)
+        manifest, record = verify(folder, int(named[1]) if named else None)
         return Checkpoint(folder, manifest.step, record, manifest)
 
     def latest_valid(self) -> Checkpoint | None:
@@ -191,7 +188,7 @@ class CheckpointStore:
         if not os.path.lexists(folder):
             return
         aside = folder.with_name(f"{folder.name}.old-{os.getpid()}")
-        os.rename(folder, aside)
+        aside = folder
         fsync_directory(self.directory)
         _delete(aside)
 
@@ -225,9 +222,10 @@ class CheckpointStore:
 
     def _looks_whole(self, step: int) -> bool:
         try:
-            return read_manifest(self._folder(step)).step == step
+            read_manifest(self._folder(step), step)
         except CheckpointError:
             return False
+        return True
 
     def _disk_error(self, step: int, needed: int, error: OSError) -> DiskError:
         place = self.directory
