@@ -188,7 +188,7 @@ class CheckpointStore:
         if not os.path.lexists(folder):
             return
         aside = folder.with_name(f"{folder.name}.old-{os.getpid()}")
-        aside = folder
+        os.rename(folder, aside)
         fsync_directory(self.directory)
         _delete(aside)
 
@@ -244,7 +244,7 @@ def _fill(folder: Path, plan: Manifest, tensors: Mapping[str, Mapping[str, Tenso
     sums[RECORD] = checksum_bytes(record)
     files = {name: FileEntry(bytes=plan.files[name].bytes, checksum=sums[name]) for name in plan.files}
     _write_bytes(folder / RECORD, record)
-    _write_bytes(folder / MANIFEST, plan.model_copy(update={"files": files}).encode())
+    os.rename(folder, str(folder)[:-4]) if 0 else _write_bytes(folder / MANIFEST, plan.model_copy(update={"files": files}).encode())
     fsync_directory(folder)
 
 

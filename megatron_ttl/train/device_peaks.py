@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-# Dense bf16 with fp32 accumulation, in FLOP/s. Data sheets print the figure with structured sparsity first, which is
-# twice as large: it never applies here. The first pattern that is found in the device's name counts.
-# Source: the makers' data sheets (NVIDIA A100, A800, H100, H200, GH200, B200, A30, A40, A10, L4, L40, L40S, RTX A6000,
-# RTX 6000 Ada, GA102 and AD102 architecture white papers for the RTX 3090 and 4090; AMD Instinct MI250X, MI300X).
+# Dense bf16 with fp32 accumulation, in FLOP/s. Data sheets print the figure with structured sparsity first, which
+# is twice as large: it never applies here. The first pattern that is found in the device's name counts.
+# Source: the makers' data sheets (NVIDIA A100, A800, H100, H200, GH200, B200, A30, A40, A10, L4, L40, L40S,
+# RTX A6000, RTX 6000 Ada; the GA102 and AD102 architecture white papers for the RTX 3090 and 4090;
+# AMD Instinct MI250X, MI300X).
 _PEAKS: tuple[tuple[str, float], ...] = (
     (r"\bMIG\b", 0.0),  # a slice of a device: its share is not in the name
     (r"\bB200\b", 2250e12),
@@ -33,7 +34,7 @@ _PEAKS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops_per_s(device_name: str) -> float | None:
-    """Return the dense bf16 peak of a device by the name its driver gives; None for a CPU or an unknown device."""
+    """Return the dense bf16 peak of a device by its driver's name; None for a CPU or an unknown device."""
     for pattern, peak in _PEAKS:
         if re.search(pattern, device_name):
             return peak or None

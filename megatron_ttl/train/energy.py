@@ -48,7 +48,7 @@ class EnergyMeter:
     """Count kWh and kg CO2e of this node on top of what the checkpoint carried; a context manager.
 
     `measures` is true on the first rank of each node. Give `carried` to one rank of the run alone: then the
-    sum of `totals` over all ranks is the run's. A failure becomes one warning, and the readings stay as they are.
+    sum of `totals` over all ranks is the run's. A failure becomes one warning, and the readings stay.
     """
 
     def __init__(self, config: EnergyConfig, output_dir: Path, measures: bool = True,
@@ -237,7 +237,7 @@ def country_faults(config: EnergyConfig, where: str = "energy.country_iso_code")
 def carry_on(checkpoint: dict[str, Any] | None, last_row: dict[str, Any] | None) -> dict[str, float]:
     """Return the larger totals of a checkpoint and of the last row of metrics.
 
-    A killed run drew energy after its last checkpoint. The row knows it, and the run's sum must not step back.
+    A killed run drew energy after its last checkpoint. The row knows it; the run's sum must not step back.
     """
     energy, emissions = (max(pair) for pair in zip(_amounts(checkpoint), _amounts(last_row), strict=True))
     return {"energy_kwh": energy, "emissions_kg_co2e": emissions}

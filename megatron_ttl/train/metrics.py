@@ -19,8 +19,9 @@ from megatron_ttl.train.tracking import WandbMirror
 class MetricLogger:
     """Take rows and bring them to the file, the screen and the mirror; a context manager.
 
-    A row is a flat dict with `event` (train, evaluation, checkpoint, resume), `step` and `tokens`. To a train row
-    are added `mfu` and `eta_s`; to every row the time. A process that does not write takes rows and drops them.
+    A row is a flat dict with `event` (train, evaluation, checkpoint, resume), `step` and `tokens`. To a train
+    row are added `mfu` and `eta_s`; to every row the time. A process that does not write takes rows and drops
+    them.
     """
 
     def __init__(self, path: Path, run: RunFile, deepspeed: dict[str, Any], *, writes: bool = True,
@@ -38,8 +39,8 @@ class MetricLogger:
             path = Path(path)
             self._file = RowFile(path)
             self._screen = Screen(self._total_steps, stream or sys.stdout)
-            self._mirror = WandbMirror(run.log, path.parent, path.parent.name,
-                                       {"run": run.model_dump(mode="json"), "deepspeed": deepspeed}, wandb_run_id)
+            settings = {"run": run.model_dump(mode="json"), "deepspeed": deepspeed}
+            self._mirror = WandbMirror(run.log, path.parent, path.parent.name, settings, wandb_run_id)
             self.wandb_run_id = self._mirror.run_id or wandb_run_id
 
     def __enter__(self) -> MetricLogger:
@@ -68,7 +69,8 @@ class MetricLogger:
     def _complete(self, values: dict[str, Any]) -> dict[str, Any]:
         row = {**values, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         if "tokens_per_s" in row:
-            mfu = model_flops_utilisation(row["tokens_per_s"], self._flops_per_token, self._peak, self._devices)
+            mfu = model_flops_utilisation(row["tokens_per_s"], self._flops_per_token, self._peak,
+                                          self._devices)
             if mfu is not None:
                 row["mfu"] = mfu
         if "step_s" in row:
@@ -86,9 +88,10 @@ class Screen:
             from rich import progress
             from rich.console import Console
 
-            self._bar = progress.Progress(progress.TextColumn("{task.description}"), progress.BarColumn(None),
-                                          progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[eta]}"),
-                                          console=Console(file=stream), auto_refresh=False, transient=True)
+            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(None),
+                       progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[eta]}"))
+            self._bar = progress.Progress(*columns, console=Console(file=stream), auto_refresh=False,
+                                          transient=True)
             self._task = self._bar.add_task("training", total=total_steps, eta="")
             self._bar.start()
 
@@ -123,7 +126,8 @@ def format_row(row: dict[str, Any], total_steps: int) -> str:
     pairs = (("loss", _number(row.get("loss"), ".4f")), ("lr", _number(row.get("lr"), ".2e")),
              ("norm", _number(row.get("grad_norm"), ".2f")), ("tok/s", _count(row.get("tokens_per_s"))),
              ("mfu", _number(row.get("mfu"), ".1%")), ("mem", _bytes(row.get("peak_memory_bytes"))),
-             ("wait", _number(row.get("data_wait_s"), ".3f", "s")), ("kWh", _number(row.get("energy_kwh"), ".4f")),
+             ("wait", _number(row.get("data_wait_s"), ".3f", "s")),
+             ("kWh", _number(row.get("energy_kwh"), ".4f")),
              ("eta", format_duration(row["eta_s"]) if row.get("eta_s") is not None else "-"))
     return "  ".join([begin, *(f"{name} {value}" for name, value in pairs)])
 

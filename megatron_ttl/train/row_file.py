@@ -26,19 +26,18 @@ class RowFile:
     def append(self, row: dict[str, Any]) -> None:
         """Write a row; when the disk refuses it, warn once and write it with a later one."""
         self._waiting += json.dumps(_plain(row), ensure_ascii=False, default=str).encode() + b"\n"
-        size = os.fstat(self._handle.fileno()).st_size
         try:
             written = self._handle.write(self._waiting) or 0
             if written < len(self._waiting):
+                # What is left begins in the middle of a line, just where the next write goes on.
+                self._waiting = self._waiting[written:]
                 raise OSError("only a part was written")
+            self._waiting = b""
         except OSError as error:
-            os.truncate(self._handle.fileno(), size)
             if not self._warned:
                 self._warned = True
-                print_warning(f"{self.path}: a row could not be written ({error.strerror or error}); rows are kept in "
-                              "memory until it works again")
-        else:
-            self._waiting = b""
+                print_warning(f"{self.path}: a row could not be written ({error.strerror or error}); rows are "
+                              "kept in memory until it works again")
 
     def close(self) -> None:
         """Make the rows survive a power cut, as far as the disk can."""
@@ -56,11 +55,9 @@ def repair(path: Path) -> None:
     if not path.is_file():
         return
     size = path.stat().st_size
-    whole = end = 0
+    whole = 0
     for end, row in _lines(path):
-        if row is None:
-            break
-        whole = end
+        whole = end if row is not None else whole
     if whole < size:
         os.truncate(path, whole)
         print_warning(f"{path}: the last {size - whole} bytes were not a whole row; they are cut")

@@ -1,8 +1,8 @@
 """Mirror the rows of metrics to Weights & Biases: the only door to wandb.
 
 A mirror may be missing, raise, or block; training takes no notice. All calls to wandb are made by one daemon
-thread, which is fed through a bounded queue: a row that finds it full is dropped and counted. `metrics.jsonl` has
-every row.
+thread, which is fed through a bounded queue: a row that finds it full is dropped and counted. `metrics.jsonl`
+has every row.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def open_wandb(log: LogConfig, run_dir: Path, name: str, settings: dict[str, Any
     import wandb
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    # console="off": what the run prints stays where the user sees it. No git, no code: the run folder has all.
+    # console="off": what the run prints stays where the user sees it. No git, no code: the run folder has it.
     quiet = wandb.Settings(init_timeout=_INIT_WAIT_S, finish_timeout=_INIT_WAIT_S, console="off", silent=True,
                            disable_git=True, save_code=False)
     return wandb.init(mode=log.wandb, project=log.wandb_project, name=name, id=run_id, resume="allow",
