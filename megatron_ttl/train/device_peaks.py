@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Dense bf16 with fp32 accumulation, in FLOP/s. Data sheets print the figure with structured sparsity first, which
-# is twice as large: it never applies here. The first pattern that is found in the device's name counts.
+# Dense bf16 with fp32 accumulation, in FLOP/s. Data sheets print the figure with structured sparsity first,
+# which is twice as large: it never applies here. The first pattern found in the device's name counts.
 # Source: the makers' data sheets (NVIDIA A100, A800, H100, H200, GH200, B200, A30, A40, A10, L4, L40, L40S,
 # RTX A6000, RTX 6000 Ada; the GA102 and AD102 architecture white papers for the RTX 3090 and 4090;
 # AMD Instinct MI250X, MI300X).

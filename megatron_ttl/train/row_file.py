@@ -36,8 +36,8 @@ class RowFile:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                print_warning(f"{self.path}: a row could not be written ({error.strerror or error}); rows are "
-                              "kept in memory until it works again")
+                print_warning(f"{self.path}: a row could not be written ({error.strerror or error}); rows "
+                              "are kept in memory until it works again")
 
     def close(self) -> None:
         """Make the rows survive a power cut, as far as the disk can."""
