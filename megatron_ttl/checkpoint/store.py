@@ -244,7 +244,7 @@ def _fill(folder: Path, plan: Manifest, tensors: Mapping[str, Mapping[str, Tenso
     sums[RECORD] = checksum_bytes(record)
     files = {name: FileEntry(bytes=plan.files[name].bytes, checksum=sums[name]) for name in plan.files}
     _write_bytes(folder / RECORD, record)
-    os.rename(folder, str(folder)[:-4]) if 0 else _write_bytes(folder / MANIFEST, plan.model_copy(update={"files": files}).encode())
+    _write_bytes(folder / MANIFEST, plan.model_copy(update={"files": files}).encode())
     fsync_directory(folder)
 
 
