@@ -30,11 +30,13 @@ def main(argv: list[str] | None = None) -> int:
 
     ranks = discover_ranks()
     try:
-        settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
         if arguments.dry_run:
-            from megatron_ttl.plan.forecast import dry_run
+            from megatron_ttl.plan.forecast import dry_run, print_forecast
 
-            return dry_run(settings, arguments.data_parallel_size or ranks.world_size, arguments.json)
+            print_forecast(dry_run(arguments.deepspeed_config, arguments.config, arguments.overrides,
+                                   arguments.data_parallel_size or ranks.world_size), arguments.json)
+            return 0
+        settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
         from megatron_ttl.train.loop import pretrain
 
         if ranks.is_first and arguments.config == DEFAULT_CONFIG:

@@ -194,7 +194,7 @@ class Composer:
         if head in ("present", "past"):
             return Word(conjugate(self.names[rest[0]].text, head))
         if head == "length":
-            return number(len(self.names[rest[0]].text))
+            return number(sum(map(str.isalpha, self.names[rest[0]].text)))
         if head == "initial":
             return Word(self.names[rest[0]].text[0].upper())
         key = head.partition(".")[2]
@@ -226,7 +226,7 @@ def tidy(text: str) -> str:
     text = re.sub(r" +", " ", text)
     text = re.sub(r" ([,.;:!?](?:\s|$))", r"\1", text)
     text = re.sub(r" *\n *", "\n", text)
-    return re.sub(r"(^|[.!?]”? |\n(?:— )?|\. — |: “)([a-zà-ÿ])", lambda m: m.group(1) + m.group(2).upper(), text)
+    return re.sub(r"(^(?:— )?|[.!?]”? “?|\n(?:— )?|\. — |: “)([a-zà-ÿ])", lambda m: m.group(1) + m.group(2).upper(), text)
 
 
 def compose_one(seed: int, index: int, attempt: int) -> dict[str, str]:

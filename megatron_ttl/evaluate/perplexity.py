@@ -23,7 +23,7 @@ from megatron_ttl.generate.open_folder import OpenModel, open_model_folder
 from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL
 
 WINDOWS = "chunked, non-overlapping; a token sees what precedes it in its window"
-_ROWS = 1024  # tokens whose losses are computed at once: fp64 logits of a 32k vocabulary then take 256 MiB
+_ROWS = 64  # tokens whose losses are computed at once: 8 MiB of 32k logits; four times faster than 1024 of them
 
 
 # Not inference_mode: the model may be in training, and keeps its rotary tables.
@@ -77,11 +77,16 @@ def _unlabelled(sample: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.n
 
 
 def _nats(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum the losses in fp64: an instrument, and cheap beside the model. [t, v], [t] -> scalar"""
+    """Sum the losses: exponentials in fp32, sums and logarithms in fp64. [t, v], [t] -> fp64 scalar
+
+    A sum in fp32 would err in the seventh digit, and the exponential of the mean would magnify that.
+    """
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for rows, wanted in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True):
-        rows, wanted = rows[wanted != IGNORED_LABEL].double(), wanted[wanted != IGNORED_LABEL]
-        total += (rows.logsumexp(-1) - rows.gather(-1, wanted[:, None])[:, 0]).sum()
+        shifted = rows.float() - rows.amax(-1, keepdim=True)
+        picked = shifted.gather(-1, wanted.clamp(min=0)[:, None])[:, 0].double()
+        losses = shifted.exp_().sum(-1, dtype=torch.float64).log() - picked
+        total += torch.where(wanted != IGNORED_LABEL, losses, 0.0).sum()
     return total
 
 

@@ -149,8 +149,6 @@ class TokenChooser:
     def _draw(self, shares: Tensor) -> Tensor:
         """Invert the distribution function at one uniform number per sequence: [b, v] -> [b]."""
         edges = shares.cumsum(-1)
-        total = edges[:, -1:]
         uniform = torch.stack([torch.rand(1, generator=one, dtype=torch.float64) for one in self._generators])
-        # Strictly below the last edge, or rounding could land behind the last token that has a share.
-        points = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))  # [b, 1]
-        return torch.searchsorted(edges, points, right=True)[:, 0]
+        # A number below 1 times the last edge is below it, also when rounded: a token with a share is hit.
+        return torch.searchsorted(edges, uniform * edges[:, -1:], right=True)[:, 0]

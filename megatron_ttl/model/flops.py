@@ -6,6 +6,9 @@ from typing import Literal
 
 from megatron_ttl.config.schema import ModelConfig
 
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: fp32 weight and two fp32 moments."""
+
 Formula = Literal["C", "NC", "A", "N"]
 
 

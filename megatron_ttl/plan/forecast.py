@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ttl.config.checks import accumulation, check_world
-from megatron_ttl.config.load import Reading, Settings, read_settings
+from megatron_ttl.config.checks import accumulation
+from megatron_ttl.config.load import Settings, read_settings
 from megatron_ttl.config.schema import RunFile
-from megatron_ttl.console import print_result, print_table
+from megatron_ttl.console import print_result
 from megatron_ttl.data.manifest import DatasetManifest, dataset_paths, read_manifest
 from megatron_ttl.errors import ConfigError, UserError, raise_faults
-from megatron_ttl.files import human_bytes
-from megatron_ttl.model.flops import count_parameters, embedding_parameters, flops_per_token
-from megatron_ttl.train.energy import country_faults
+from megatron_ttl.files import human_bytes, require_free_space
+from megatron_ttl.model.flops import BYTES_PER_PARAMETER, count_parameters, embedding_parameters, flops_per_token
+from megatron_ttl.train.device_peaks import peak_flops_per_s
+from megatron_ttl.train.open_data import open_data
 from megatron_ttl.train.schedule import Schedule
-
-BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: fp32 weight and two fp32 moments."""
 
 ASSUMED_MFU = 0.40
 MAX_USEFUL_EPOCHS = 4
@@ -80,7 +78,7 @@ def _checkpoints_at_once(run: RunFile) -> int:
 
 
 def _duration(device: str | None, flops: float, data_parallel_size: int) -> dict[str, Any]:
-    peak = peak_flops(device) if device is not None else None
+    peak = peak_flops_per_s(device) if device is not None else None
     if device is None or peak is None:
         return {}
     hours = flops / (peak * ASSUMED_MFU * data_parallel_size) / 3600
@@ -104,3 +102,38 @@ def _manifest(prefix: str) -> DatasetManifest | None:
         return read_manifest(dataset_paths(prefix).manifest)
     except (UserError, OSError):
         return None
+
+
+def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str], overrides: Sequence[str],
+            data_parallel_size: int) -> dict[str, Any]:
+    """Check everything that can be checked without a device, and return the forecast.
+
+    Raises:
+        ConfigError: with every fault of both files, the overrides, the data and the disk.
+    """
+    reading = read_settings(deepspeed_config, run_config, overrides, data_parallel_size)
+    faults = list(reading.faults)
+    run = reading.settings.run
+    if not reading.wrong & {"data", "data.sources", "train", "train.sequence_length", "model", "model.vocab_size"}:
+        try:
+            open_data(run)
+        except UserError as error:
+            faults += [fault for fault in error.faults if fault not in faults]
+    raise_faults(ConfigError, faults)
+    result = forecast(reading.settings, data_parallel_size)
+    require_free_space(Path(run.run.dir), result["checkpoints_at_once_bytes"], "all checkpoints of the run")
+    return result
+
+
+def print_forecast(result: dict[str, Any], as_json: bool) -> None:
+    """Print a forecast for people or for programs."""
+    if not as_json:
+        result = dict(result)
+        for key in ("checkpoint_bytes", "checkpoints_at_once_bytes"):
+            result[key.replace("_bytes", "")] = human_bytes(result.pop(key))
+        for key in ("lr_first", "lr_peak", "lr_last", "flops", "flops_per_token_c", "flops_per_token_nc"):
+            result[key] = f"{result[key]:.3e}"
+        for prefix, epochs in result.pop("epochs").items():
+            many = f", more than {MAX_USEFUL_EPOCHS} repeat the data too often" if epochs > MAX_USEFUL_EPOCHS else ""
+            result[f"epochs of {prefix}"] = f"{epochs:.2f}{many}"
+    print_result(result, as_json, title="what this run will take")

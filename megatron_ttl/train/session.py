@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +15,15 @@ from megatron_ttl.config.deepspeed import resolve_deepspeed
 from megatron_ttl.config.load import Settings
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
-from megatron_ttl.errors import DataError, UserError, raise_faults
-from megatron_ttl.model.flops import count_parameters
+from megatron_ttl.errors import UserError
+from megatron_ttl.model.flops import BYTES_PER_PARAMETER, count_parameters
+from megatron_ttl.files import require_free_space
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.runtime import environment_report, seed_everything
-from megatron_ttl.train.energy import EnergyMeter, carry_on, country_faults
+from megatron_ttl.train.energy import EnergyMeter, carry_on
 from megatron_ttl.train.engine import Engine
 from megatron_ttl.train.metrics import MetricLogger
+from megatron_ttl.train.open_data import open_data, tokenizer_directory
 from megatron_ttl.train.row_file import trim_rows
 from megatron_ttl.train.run_folder import RunFolder
 from megatron_ttl.train.schedule import Schedule
@@ -105,7 +106,7 @@ def prepare(settings: Settings, mesh: Mesh) -> Session:
         UserError: with all faults of a kind; every process raises, and none is left waiting.
     """
     run = settings.run
-    dataset, held_out = _open_data(run)
+    dataset, held_out = open_data(run)
     resolved = resolve_deepspeed(settings, mesh.data_parallel_size)
     folder = RunFolder(settings)
     checkpoint = _claim(folder, mesh)
@@ -127,48 +128,6 @@ def prepare(settings: Settings, mesh: Mesh) -> Session:
     return session
 
 
-def _open_data(run: RunFile) -> tuple[CausalLMDataset, dict[str, HeldOutDataset]]:
-    faults = country_faults(run.energy)
-    try:
-        dataset = CausalLMDataset([(source.prefix, source.weight) for source in run.data.sources],
-                                  run.train.sequence_length, run.run.seed)
-    except UserError as error:
-        raise DataError(*faults, *error.faults) from None
-    held_out = {}
-    for prefix in run.evaluation.prefixes:
-        try:
-            held_out[prefix] = HeldOutDataset(prefix, run.train.sequence_length, run.evaluation.max_tokens)
-        except UserError as error:
-            faults += error.faults
-    faults += _tokenizer_faults(run, dataset, held_out)
-    raise_faults(DataError, faults)
-    return dataset, held_out
-
-
-def _tokenizer_faults(run: RunFile, dataset: CausalLMDataset, held_out: dict[str, HeldOutDataset]) -> list[str]:
-    """Check that training data, held-out data and model speak of the same pieces."""
-    manifests = {d.prefix: d.manifest for d in (*dataset.datasets, *held_out.values())}
-    faults = [f"{prefix}: has no manifest (.json); without it nobody knows its tokenizer; write it with "
-              "tools/preprocess_data.py" for prefix, manifest in manifests.items() if manifest is None]
-    known = {prefix: manifest.tokenizer for prefix, manifest in manifests.items() if manifest is not None}
-    for prefix, tokenizer in known.items():
-        if tokenizer.vocab_size > run.model.vocab_size:
-            faults.append(f"model.vocab_size: {run.model.vocab_size}, and the tokenizer of {prefix} has "
-                          f"{tokenizer.vocab_size} pieces; every piece needs a row; set "
-                          f"model.vocab_size={tokenizer.vocab_size} or more")
-    first = next(iter(known), None)
-    faults += [f"evaluation.prefixes: {prefix} was made with another tokenizer than {first}; both must have one; "
-               "preprocess it again" for prefix, tokenizer in known.items()
-               if tokenizer.checksum != known[first].checksum]
-    return faults
-
-
-def tokenizer_directory(dataset: CausalLMDataset) -> Path:
-    """Return the copy of the tokenizer beside the first source."""
-    first = dataset.datasets[0]
-    return Path(first.prefix).parent / first.manifest.tokenizer.directory
-
-
 def _claim(folder: RunFolder, mesh: Mesh) -> Checkpoint | None:
     """Let the first process take the folder and choose the checkpoint; all fail together or go on together."""
     fault: UserError | None = None
@@ -177,6 +136,8 @@ def _claim(folder: RunFolder, mesh: Mesh) -> Checkpoint | None:
         try:
             folder.claim()
             checkpoint, warnings = folder.starting_point()
+            parameters = count_parameters(folder.settings.run.model)
+            require_free_space(folder.path, 2 * BYTES_PER_PARAMETER * parameters, "two checkpoints")
         except UserError as error:
             fault = error
     if mesh.any(fault is not None):

@@ -1,0 +1,57 @@
+"""Open a run's data and check it against the model, before anything is built. No torch: `--dry-run` does it too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ttl.config.schema import RunFile
+from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
+from megatron_ttl.errors import DataError, UserError, raise_faults
+from megatron_ttl.train.energy import country_faults
+
+
+def open_data(run: RunFile) -> tuple[CausalLMDataset, dict[str, HeldOutDataset]]:
+    """Return the training samples and the held-out datasets by prefix.
+
+    Raises:
+        DataError: with every fault: missing, damaged, made with other tokenizers, more pieces than the model has rows.
+    """
+    faults = country_faults(run.energy)
+    try:
+        dataset = CausalLMDataset([(source.prefix, source.weight) for source in run.data.sources],
+                                  run.train.sequence_length, run.run.seed)
+    except UserError as error:
+        raise DataError(*faults, *error.faults) from None
+    held_out = {}
+    for prefix in run.evaluation.prefixes:
+        try:
+            held_out[prefix] = HeldOutDataset(prefix, run.train.sequence_length, run.evaluation.max_tokens)
+        except UserError as error:
+            faults += error.faults
+    faults += _tokenizer_faults(run, dataset, held_out)
+    raise_faults(DataError, faults)
+    return dataset, held_out
+
+
+def _tokenizer_faults(run: RunFile, dataset: CausalLMDataset, held_out: dict[str, HeldOutDataset]) -> list[str]:
+    """Check that training data, held-out data and model speak of the same pieces."""
+    manifests = {d.prefix: d.manifest for d in (*dataset.datasets, *held_out.values())}
+    faults = [f"{prefix}: has no manifest (.json); without it nobody knows its tokenizer; write it with "
+              "tools/preprocess_data.py" for prefix, manifest in manifests.items() if manifest is None]
+    known = {prefix: manifest.tokenizer for prefix, manifest in manifests.items() if manifest is not None}
+    for prefix, tokenizer in known.items():
+        if tokenizer.vocab_size > run.model.vocab_size:
+            faults.append(f"model.vocab_size: {run.model.vocab_size}, and the tokenizer of {prefix} has "
+                          f"{tokenizer.vocab_size} pieces; every piece needs a row; set "
+                          f"model.vocab_size={tokenizer.vocab_size} or more")
+    first = next(iter(known), None)
+    faults += [f"evaluation.prefixes: {prefix} was made with another tokenizer than {first}; both must have one; "
+               "preprocess it again" for prefix, tokenizer in known.items()
+               if tokenizer.checksum != known[first].checksum]
+    return faults
+
+
+def tokenizer_directory(dataset: CausalLMDataset) -> Path:
+    """Return the copy of the tokenizer beside the first source."""
+    first = dataset.datasets[0]
+    return Path(first.prefix).parent / first.manifest.tokenizer.directory

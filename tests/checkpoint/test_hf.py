@@ -1,0 +1,428 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from tiny_folder import write_model_folder, write_tokenizer
+from torch import Tensor
+
+from megatron_ttl.checkpoint import hf as hf_module
+from megatron_ttl.checkpoint.hf import export_model_folder, export_run, load_model_folder
+from megatron_ttl.checkpoint.names import hf_names, split_to_hf
+from megatron_ttl.checkpoint.store import Checkpoint, CheckpointStore
+from megatron_ttl.config.schema import ModelConfig
+from megatron_ttl.errors import CheckpointError, ConfigError, DataError, DiskError
+from megatron_ttl.kernels.cross_entropy import cross_entropy
+from megatron_ttl.model.llama import build_model
+
+FILES = {"config.json", "generation_config.json", "model.safetensors", "megatron_ttl.json", "tokenizer.model",
+         "tokenizer_config.json", "special_tokens_map.json"}
+PROMPT = "a menina viu o rio; 日本 🙂"
+
+
+def config_of(kv_heads: int, vocab_size: int = 352) -> ModelConfig:
+    return ModelConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+                       num_key_value_heads=kv_heads, vocab_size=vocab_size, max_position_embeddings=96, rms_norm_eps=1e-5)
+
+
+def random_weights(config: ModelConfig) -> dict[str, Tensor]:
+    """Weights far from those of a fresh model, where attention is uniform and all norms are one."""
+    generator = torch.Generator().manual_seed(3)
+    return {hf: piece for name, tensor in build_model(config, seed=1).state_dict().items()
+            for hf, piece in split_to_hf(name, 0.2 * torch.randn(tensor.shape, generator=generator) + (tensor.dim() == 1),
+                                         config).items()}
+
+
+def checkpoint_of(folder: Path, config: ModelConfig, record: dict[str, Any] | None = None, step: int = 40) -> Checkpoint:
+    store = CheckpointStore(folder)
+    store.save(step, {"weights": random_weights(config)}, record if record is not None else {"consumed_tokens": 1000})
+    return store.open(step)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tiny")
+
+
+@pytest.fixture(scope="module", params=[6, 2], ids=["mha", "gqa"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Any:
+    folder, config = tmp_path_factory.mktemp("exported"), config_of(request.param)
+    checkpoint = checkpoint_of(folder / "checkpoints", config)
+    result = export_model_folder(checkpoint, config, tokenizer, folder / "model", run_name="try")
+    return SimpleNamespace(folder=folder / "model", config=config, checkpoint=checkpoint, result=result)
+
+
+def transformers_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def ids_of(config: ModelConfig, seed: int = 1) -> Tensor:
+    return torch.randint(config.vocab_size, (2, config.max_position_embeddings), generator=torch.Generator().manual_seed(seed))
+
+
+# --- transformers is the judge ---
+
+
+def test_logits_and_gradients_are_transformers(exported: Any) -> None:
+    theirs = transformers_model(exported.folder)
+    ours, config = load_model_folder(exported.folder)
+    assert config == exported.config
+    ids = ids_of(config)
+    labels = ids.roll(-1, dims=1)
+    labels[:, -1] = -100
+    logits = ours(ids)
+    their_logits = theirs(ids).logits
+    assert their_logits.std() > 0.5, "the comparison would say nothing"
+    assert (logits - their_logits).abs().max() <= 1e-5
+
+    nats, count = cross_entropy(logits, labels)
+    (nats / count).backward()
+    torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), labels.flatten()).backward()
+    gradients = {hf: piece for name, parameter in ours.named_parameters()
+                 for hf, piece in split_to_hf(name, parameter.grad, config).items()}
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_the_folder_holds_the_checkpoints_bits(exported: Any) -> None:
+    stored = safetensors.torch.load_file(exported.folder / "model.safetensors")
+    weights = exported.checkpoint.tensors("weights")
+    assert stored.keys() == weights.keys() and all(torch.equal(stored[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_a_model_written_by_transformers(tmp_path: Path, tokenizer: Path, kv_heads: int) -> None:
+    folder = write_model_folder(tmp_path / "theirs", tokenizer, kv_heads)
+    ours, config = load_model_folder(folder)
+    with torch.no_grad():
+        assert (ours(ids_of(config)) - transformers_model(folder)(ids_of(config)).logits).abs().max() <= 1e-5
+
+
+def test_auto_tokenizer_reads_the_folder(exported: Any) -> None:
+    from transformers import AutoTokenizer
+
+    from megatron_ttl.tokenizer.tokenizer import Tokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(exported.folder), Tokenizer.load(exported.folder)
+    assert theirs.encode(PROMPT, add_special_tokens=False) == ours.encode(PROMPT)
+    assert theirs.decode(ours.encode(PROMPT)) == PROMPT
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 3)
+
+
+def test_transformers_generates_from_the_folder(exported: Any) -> None:
+    model = transformers_model(exported.folder)
+    ids = model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=5, do_sample=False)
+    assert ids.shape[1] > 3 and model.generation_config.eos_token_id == 2
+
+
+def test_bfloat16_rounds_once(tmp_path: Path, tokenizer: Path, exported: Any) -> None:
+    result = export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m", "bfloat16")
+    assert result["verified"] == "yes"
+    stored = safetensors.torch.load_file(tmp_path / "m" / "model.safetensors")
+    for name, tensor in exported.checkpoint.tensors("weights").items():
+        assert torch.equal(stored[name], tensor.bfloat16())
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
+    model, _ = load_model_folder(tmp_path / "m", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+# --- what lies in the folder ---
+
+
+def test_files_and_provenance(exported: Any) -> None:
+    assert {path.name for path in exported.folder.iterdir()} == FILES
+    provenance = json.loads((exported.folder / "megatron_ttl.json").read_text())
+    assert (provenance["run"], provenance["step"], provenance["consumed_tokens"]) == ("try", 40, 1000)
+    assert provenance["files"].keys() == FILES - {"megatron_ttl.json"}
+    for name, entry in provenance["files"].items():
+        payload = (exported.folder / name).read_bytes()
+        assert entry == {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+    assert provenance["verification"]["verified"] == "yes" and provenance["verification"]["largest_logit_difference"] <= 1e-5
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in exported.folder.iterdir()), "others must be able to read it"
+    everything = "".join(path.read_text() for path in exported.folder.glob("*.json"))
+    assert str(exported.folder.parent) not in everything, "a folder that travels must not tell of this machine"
+
+
+def test_several_files_with_an_index(tmp_path: Path, tokenizer: Path, exported: Any) -> None:
+    export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m", max_shard_bytes=50_000)
+    names = sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
+    assert len(names) > 5 and names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == names
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in exported.checkpoint.tensors("weights").values())
+    largest = max(tensor.nbytes for tensor in exported.checkpoint.tensors("weights").values())
+    assert all((tmp_path / "m" / name).stat().st_size <= max(50_000, largest) + 4096 for name in names)
+    ids = ids_of(exported.config)
+    with torch.no_grad():
+        assert torch.equal(load_model_folder(tmp_path / "m")[0](ids), load_model_folder(exported.folder)[0](ids))
+
+
+@pytest.mark.parametrize("bos", [True, False, None])
+def test_bos_follows_the_data(tmp_path: Path, tokenizer: Path, bos: bool | None) -> None:
+    config = config_of(2)
+    record = {} if bos is None else {"bos": bos}
+    export_model_folder(checkpoint_of(tmp_path / "c", config, record), config, tokenizer, tmp_path / "m", verify=False)
+    from transformers import AutoTokenizer
+
+    begins = AutoTokenizer.from_pretrained(tmp_path / "m").encode("a")[0] == 1
+    assert begins == (True if bos is None else bos)
+
+
+# --- what is refused ---
+
+
+def test_an_output_is_not_overwritten_unasked(tmp_path: Path, tokenizer: Path, exported: Any) -> None:
+    def export(**options: Any) -> None:
+        export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m", verify=False, **options)
+
+    (tmp_path / "m").mkdir()
+    export()
+    with pytest.raises(ConfigError, match="m: exists and is not empty; a model is not overwritten unasked"):
+        export()
+    (tmp_path / "m" / "old.txt").write_text("")
+    export(overwrite=True)
+    assert {path.name for path in (tmp_path / "m").iterdir()} == FILES and os.listdir(tmp_path) == ["m"]
+    (tmp_path / "m" / "config.json").unlink()
+    with pytest.raises(ConfigError, match="m: is not empty and no model folder .* only a model folder is overwritten"):
+        export(overwrite=True)
+    shutil.rmtree(tmp_path / "m")
+    (tmp_path / "m").write_text("")
+    with pytest.raises(ConfigError, match="m: is a file; the output must be a folder"):
+        export(overwrite=True)
+    with pytest.raises(ConfigError, match="--dtype: 'float8'; it must be one of float32, bfloat16"):
+        export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "n", "float8")
+
+
+def test_weights_of_another_config(tmp_path: Path, tokenizer: Path, exported: Any) -> None:
+    other = exported.config.model_copy(update={"intermediate_size": 96, "num_hidden_layers": 4})
+    with pytest.raises(CheckpointError, match=r"layers.0.mlp.down_proj.weight: has shape \(48, 80\); .* ask for \(48, 96\)") as caught:
+        export_model_folder(exported.checkpoint, other, tokenizer, tmp_path / "m")
+    assert len(caught.value.faults) == 3 * 3 + 9
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path: Path, tokenizer: Path) -> None:
+    config = config_of(2, vocab_size=300)
+    checkpoint = checkpoint_of(tmp_path / "c", config)
+    with pytest.raises(CheckpointError, match="tiny: has 350 pieces, the model 300 rows; every piece must have a row"):
+        export_model_folder(checkpoint, config, tokenizer, tmp_path / "m")
+    with pytest.raises(DataError, match="absent: does not exist"):
+        export_model_folder(checkpoint, config, tmp_path / "absent", tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda folder: (folder / "tokenizer_config.json").unlink(), "tokenizer_config.json: is missing; a tokenizer folder has it"),
+    (lambda folder: (folder / "tokenizer_config.json").write_text('{"auto_map": {}}'), "'auto_map' names code to load"),
+])
+def test_a_tokenizer_folder_for_others(tmp_path: Path, tokenizer: Path, exported: Any, damage: Any, message: str) -> None:
+    shutil.copytree(tokenizer, tmp_path / "t")
+    damage(tmp_path / "t")
+    with pytest.raises(CheckpointError, match=message):
+        export_model_folder(exported.checkpoint, exported.config, tmp_path / "t", tmp_path / "m")
+    assert os.listdir(tmp_path) == ["t"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error")])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, tokenizer: Path, exported: Any, monkeypatch: pytest.MonkeyPatch,
+                                    error: OSError) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise error
+    monkeypatch.setattr(hf_module, "_copy_tokenizer", refuse)
+    with pytest.raises(DiskError, match=rf"could not be written \({error.strerror}\); it needs \d+"):
+        export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m")
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(DiskError, match="the model folder needs .*, 1000 B are free"):
+        export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m")
+
+
+def wrong_names(name: str, config: ModelConfig) -> list[str]:
+    """Hugging Face's names with gate and up in the wrong places."""
+    names = hf_names(name, config)
+    return names[::-1] if "gate_up" in name else names
+
+
+def test_an_export_that_is_another_model_is_refused(tmp_path: Path, tokenizer: Path, exported: Any,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_ttl.checkpoint import names
+
+    monkeypatch.setattr(names, "hf_names", wrong_names)
+    with pytest.raises(CheckpointError, match=r"transformers computes other logits, by up to \d.*must be at most 0.0001"):
+        export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m")
+    assert os.listdir(tmp_path) == []
+
+
+def test_nan_weights_are_never_exported_as_proven(tmp_path: Path, tokenizer: Path) -> None:
+    config = config_of(2)
+    weights = random_weights(config)
+    weights["model.norm.weight"][0] = float("nan")
+    store = CheckpointStore(tmp_path / "c")
+    store.save(1, {"weights": weights}, {})
+    with pytest.raises(CheckpointError, match="transformers computes other logits, by up to nan"):
+        export_model_folder(store.open(1), config, tokenizer, tmp_path / "m")
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise(tmp_path: Path, tokenizer: Path, exported: Any) -> None:
+    shutil.copytree(tokenizer, tmp_path / "t")
+    settings = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({**settings, "add_prefix_space": True}))
+    with pytest.raises(CheckpointError, match="transformers reads other tokens than sentencepiece"):
+        export_model_folder(exported.checkpoint, exported.config, tmp_path / "t", tmp_path / "m")
+
+
+def test_without_transformers_it_says_so(tmp_path: Path, tokenizer: Path, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m")
+    assert result["verified"].startswith("no: transformers cannot be imported")
+    assert json.loads((tmp_path / "m" / "megatron_ttl.json").read_text())["verification"]["verified"].startswith("no: ")
+
+
+# --- model folders of others ---
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, exported: Any) -> Path:
+    return Path(shutil.copytree(exported.folder, tmp_path / "foreign"))
+
+
+def change_weights(folder: Path, **changes: Tensor | None) -> None:
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    for name, tensor in changes.items():
+        name = name.replace("__", ".")
+        tensors.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+
+def test_all_faults_of_weights_at_once(foreign: Path) -> None:
+    change_weights(foreign, lm_head__weight=None, extra__weight=torch.ones(1), model__norm__weight=torch.ones(47),
+                   model__layers__0__input_layernorm__weight=torch.ones(48, dtype=torch.int64),
+                   model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
+    with pytest.raises(CheckpointError) as caught:
+        load_model_folder(foreign)
+    text = str(caught.value)
+    assert len(caught.value.faults) == 4
+    assert "lm_head.weight: is missing; the config asks for (352, 48)" in text
+    assert "'extra.weight': is not a weight of this model" in text
+    assert "model.norm.weight: has shape (47,); the config asks for (48,)" in text
+    assert "input_layernorm.weight: is I64; it must be one of BF16, F16, F32" in text
+
+
+def test_pickled_weights_are_not_opened(foreign: Path) -> None:
+    (foreign / "model.safetensors").rename(foreign / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="has no model.safetensors; pytorch_model.bin is not read, for opening such a file can "
+                                              "run code; weights must be safetensors"):
+        load_model_folder(foreign)
+    (foreign / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match="has no model.safetensors; weights must be safetensors"):
+        load_model_folder(foreign)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/x.safetensors", "a/b.safetensors", "model.bin", "", 5, None, ".safetensors"])
+def test_an_index_cannot_leave_the_folder(foreign: Path, name: Any) -> None:
+    (foreign / "model.safetensors").rename(foreign.parent / "model.safetensors")
+    (foreign / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(CheckpointError, match="index.json: file .*; it must be a safetensors file of this folder"):
+        load_model_folder(foreign)
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[", '{"weight_map": {"a": "absent.safetensors"}}'])
+def test_an_index_without_files(foreign: Path, index: str) -> None:
+    (foreign / "model.safetensors").unlink()
+    (foreign / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match="index.json|is missing|absent.safetensors: is no readable safetensors file"):
+        load_model_folder(foreign)
+
+
+@pytest.mark.parametrize("payload", [b"", b"x", b"\xff" * 100, (2**63).to_bytes(8, "little") + b"{}", b"\x80\x04K\x01."])
+def test_damaged_weights(foreign: Path, payload: bytes) -> None:
+    (foreign / "model.safetensors").write_bytes(payload)
+    with pytest.raises(CheckpointError, match="model.safetensors: is no readable safetensors file"):
+        load_model_folder(foreign)
+
+
+def test_cut_weights(foreign: Path) -> None:
+    os.truncate(foreign / "model.safetensors", (foreign / "model.safetensors").stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="model.safetensors: is no readable safetensors file"):
+        load_model_folder(foreign)
+
+
+def test_a_huge_config_asks_for_no_memory(foreign: Path) -> None:
+    config = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps({**config, "vocab_size": 2**31 - 1}))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight: has shape \(352, 48\); the config asks for \(2147483647, 48\)"):
+        load_model_folder(foreign)
+    (foreign / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2**31 - 1}))
+    with pytest.raises(CheckpointError, match="num_hidden_layers: 2147483647; it must be a whole number from 1 to 10000"):
+        load_model_folder(foreign)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="absent: does not exist; it must be a model folder"):
+        load_model_folder(tmp_path / "absent")
+
+
+# --- the command ---
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
+    folder, config = tmp_path_factory.mktemp("runs") / "try", config_of(2)
+    for step in (20, 40):
+        checkpoint_of(folder / "checkpoints", config, step=step)
+    (folder / "settings.json").write_text(json.dumps({"run": {"model": config.model_dump(mode="json")}}))
+    shutil.copytree(tokenizer, folder / "tokenizer")
+    return folder
+
+
+def convert(repository: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "tools/convert_to_hf.py", *map(str, arguments)], cwd=repository, text=True,
+                          capture_output=True)
+
+
+def test_the_command(repository: Path, run_folder: Path, tmp_path: Path) -> None:
+    done = convert(repository, "--run", run_folder, "--output", tmp_path / "m", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["step"], result["dtype"], result["verified"], result["warnings"]) == (40, "float32", "yes", [])
+    assert load_model_folder(tmp_path / "m")[1] == config_of(2)
+    done = convert(repository, "--run", run_folder, "--output", tmp_path / "m", "--no-verify", "--step", "30")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "step must be one of those kept (20, 40)" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(run_folder: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (run / "checkpoints" / "step-00000040" / "weights.safetensors").write_bytes(b"")
+    result = export_run(run, tmp_path / "m", verify=False)
+    assert result["step"] == 20 and "checkpoint of step 40 passed over" in result["warnings"][0]
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda run: shutil.rmtree(run / "checkpoints"), "run: has no checkpoint yet"),
+    (lambda run: (run / "settings.json").unlink(), "run: is no run folder .it has no settings.json."),
+    (lambda run: (run / "settings.json").write_text("{}"), "settings.json: run.model cannot be read"),
+    (lambda run: (run / "settings.json").write_text('{"run": {"model": {"hidden_size": "a"}}}'), "settings.json: run.model cannot"),
+    (lambda run: (run / "settings.json").write_text('{"run": []}'), "settings.json: run.model cannot be read"),
+])
+def test_broken_run_folders(run_folder: Path, tmp_path: Path, damage: Any, message: str) -> None:
+    run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    damage(run)
+    with pytest.raises(CheckpointError, match=message):
+        export_run(run, tmp_path / "m", verify=False)
