@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tiny_folder import documents, write_dataset, write_tokenizer  # noqa: E402
+from tiny_folder import documents, write_dataset, write_tokenizer
 
 PIECES = 350
 
 
 def write_data(folder: Path) -> Path:
     """Write `train` and `held` datasets with one tokenizer; return the folder."""
+    folder.mkdir(exist_ok=True)
     tokenizer = write_tokenizer(folder / "tokenizer")
     write_dataset(folder / "train", tokenizer, documents(150, seed=1))
     write_dataset(folder / "held", tokenizer, documents(12, seed=2))
