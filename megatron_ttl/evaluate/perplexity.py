@@ -23,7 +23,7 @@ from megatron_ttl.generate.open_folder import OpenModel, open_model_folder
 from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL
 
 WINDOWS = "chunked, non-overlapping; a token sees what precedes it in its window"
-_ROWS = 64  # tokens whose losses are computed at once: 8 MiB of 32k logits; four times faster than 1024 of them
+_ROWS = 64  # tokens whose losses are computed at once: 8 MiB of 32k logits; four times faster than 1024
 
 
 # Not inference_mode: the model may be in training, and keeps its rotary tables.
@@ -117,7 +117,7 @@ def perplexity_report(folder: str | os.PathLike[str], prefixes: Iterable[str | o
     rows = []
     started = time.perf_counter()
     for prefix, dataset in datasets.items():
-        with console.progress(f"evaluating {prefix}", len(dataset) * length, "tokens") as report:
+        with console.progress(f"evaluating {prefix}", dataset.label_count, "tokens") as report:
             nats, tokens = held_out_loss(opened.model, dataset, batch, report, opened.device)
         rows.append({"prefix": prefix, **_measures(opened, nats, tokens, _target_bytes(opened, dataset)),
                      "windows": len(dataset), "complete": dataset.token_count == dataset.dataset.token_count})

@@ -183,7 +183,8 @@ def continue_prompt(opened: OpenModel, prompt: str, max_new_tokens: int, samplin
         "model": str(opened.directory), "prompt": prompt, "prompt_tokens": len(prompt_ids),
         "samples": [{"text": "".join(pieces), "new_tokens": count, "ended": how}
                     for pieces, count, how in zip(texts, counts, ended, strict=True)],
-        "sampling": asdict(sampling), "device": str(opened.device), "dtype": opened.dtype,
+        "sampling": {"temperature": 0.0} if sampling.greedy else asdict(sampling),
+        "device": str(opened.device), "dtype": opened.dtype,
         "prompt_s": round(first - started, 4), "decode_s": round(decode_s, 4),
         "tokens_per_s": round(decoded / decode_s, 2) if decoded else None,
     }

@@ -204,3 +204,4 @@ def test_bfloat16(model_folder):
     half = open_model_folder(model_folder, "cpu", "bfloat16")
     result = continue_prompt(half, "a menina", 10, GREEDY)
     assert result["samples"][0]["new_tokens"] >= 1 and result["dtype"] == "bfloat16"
+    assert result["sampling"] == {"temperature": 0.0}, "filters have no say when nothing is drawn"
