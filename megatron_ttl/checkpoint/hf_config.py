@@ -15,6 +15,7 @@ from megatron_ttl.errors import CheckpointError, raise_faults
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
 _LARGEST = 2**31 - 1
+_MOST_LAYERS = 10_000  # every layer is a list entry before its weights are looked for
 
 # Integers of the architecture, and what Hugging Face takes where the field is absent.
 _SIZES: dict[str, int | None] = {
@@ -69,8 +70,10 @@ def read_hf_config(path: Path) -> ModelConfig:
     faults = [f"{key}: is missing; it must be there" for key in required if key not in content]
     faults += _unknown(content) + _fixed_faults(content)
     content = {"num_key_value_heads": content.get("num_attention_heads"), "max_position_embeddings": 2048, **content}
-    faults += [f"{key}: {content[key]!r}; it must be a whole number from 1 to {_LARGEST}" for key in _SIZES
-               if key in content and not _is_whole(content[key])]
+    for key in _SIZES:
+        largest = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
+        if key in content and not _is_whole(content[key], largest):
+            faults.append(f"{key}: {_short(content[key])}; it must be a whole number from 1 to {largest}")
     epsilon = content.get("rms_norm_eps", 1e-6)
     if not _is_number(epsilon) or not 0 < epsilon < 1:
         faults.append(f"rms_norm_eps: {epsilon!r}; it must be a number between 0 and 1")
@@ -123,8 +126,8 @@ def _head_faults(content: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
+def _is_whole(value: Any, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
 
 
 def _is_number(value: Any) -> bool:
