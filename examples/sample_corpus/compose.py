@@ -1,12 +1,13 @@
-"""Compose a corpus of original documents in Brazilian Portuguese from the hand-written grammar in grammar/*.toml.
+"""Compose a corpus of original documents in Brazilian Portuguese from the hand-written grammar/*.toml.
 
-The output holds the documents of documents.jsonl first, each once, then composed ones, all different from each other.
+The output holds the documents of documents.jsonl first, each once, then composed ones, no two alike.
 
 How a template is written:
     [one|two|]         one of the alternatives, which may hold anything a template may hold
-    {list}             a random entry of a list of words or phrases (itself a template), not yet used in this document
+    {list}             a random entry of a list, itself a template, that this document has not used
     {x=list}           the same, kept under the name x and not printed
-    {x} {x*} {x.field} what x holds; its plural; a field of its record ({y=x.field} draws from a field that is a list)
+    {x} {x*} {x.field} what x holds; its plural; a field of its record
+    {y=x.field}        an entry of a field that is a list
     {cansado:x}        a determiner, pronoun or adjective agreeing with x; {cansado:x*} agrees with its plural
     {ele/ela:x}        the first or the second, by the gender of x
     {mood~x}           a random adjective of the list mood, agreeing with x
@@ -45,7 +46,7 @@ MOST_ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class Word:
-    """What a name in a document holds: a noun with its gender, a phrase or a number, and the fields of its record."""
+    """What a name in a document holds: a noun with its gender and its record, a phrase or a number."""
 
     text: str
     gender: str = "m"
@@ -55,17 +56,18 @@ class Word:
 
 
 def read_word(entry: str, **fields: Any) -> Word:
-    """Read "a mão/mãos": the article gives the gender, the plural after the slash is needed only for exceptions."""
+    """Read "a mão/mãos": the article gives the gender; a plural after the slash is for exceptions."""
     singular, _, plural = entry.strip().partition("/")
     article, _, noun = singular.partition(" ")
     if article not in ("o", "a") or not noun:
         return Word(singular, plural=plural or pluralise(singular), fields=fields)
-    return Word(noun, "f" if article == "a" else "m", plural or fields.get("plural", "") or pluralise(noun), fields)
+    plural = plural or fields.get("plural", "") or pluralise(noun)
+    return Word(noun, "f" if article == "a" else "m", plural, fields)
 
 
 @cache
 def parse(template: str) -> tuple[Any, ...]:
-    """Cut a template into text (str), slots (`("slot", expression)`) and choices (`("choice", alternatives)`)."""
+    """Cut a template into text (str), `("slot", expression)` and `("choice", alternatives)`."""
     parts, depth, start, bars = [], 0, 0, []
     for match in re.finditer(r"[\[\]|]|\{[^{}]*\}", template):
         mark, at = match.group(), match.start()
@@ -220,13 +222,14 @@ def number(value: int) -> Word:
 
 def tidy(text: str) -> str:
     """Join lines into paragraphs, drop what empty alternatives leave behind and capitalise the sentences."""
-    paragraphs = [re.sub(r"\s*\n\s*(?!—)", " ", p.strip().replace("\n—", "\f—")) for p in re.split(r"\n\s*\n", text)]
-    text = "\n\n".join(p.replace("\f", "\n") for p in paragraphs if p)
+    paragraphs = [re.sub(r"\s*\n\s*(?!—)", " ", p.strip()) for p in re.split(r"\n\s*\n", text)]
+    text = "\n\n".join(p for p in paragraphs if p)
     text = re.sub(r" *// *", "\n", text)
     text = re.sub(r" +", " ", text)
     text = re.sub(r" ([,.;:!?](?:\s|$))", r"\1", text)
     text = re.sub(r" *\n *", "\n", text)
-    return re.sub(r"(^(?:— )?|[.!?]”? “?|\n(?:— )?|\. — |: “)([a-zà-ÿ])", lambda m: m.group(1) + m.group(2).upper(), text)
+    starts = r"(^(?:— )?|[.!?]”? “?|\n(?:— )?|\. — |: “)([a-zà-ÿ])"
+    return re.sub(starts, lambda m: m.group(1) + m.group(2).upper(), text)
 
 
 def compose_one(seed: int, index: int, attempt: int) -> dict[str, str]:
@@ -261,7 +264,7 @@ def compose(documents: int, seed: int) -> Iterator[dict[str, str]]:
 def main() -> None:
     """Parse, compose, write, say what was written."""
     parser = argparse.ArgumentParser(description="Compose original documents in Brazilian Portuguese.")
-    parser.add_argument("--documents", type=int, default=12000, help="how many, the hand-written ones included")
+    parser.add_argument("--documents", type=int, default=12000, help="how many in all")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same bytes")
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -272,8 +275,8 @@ def main() -> None:
 
     written, faults = len(read_grammar()[2]), []
     if not written <= args.documents <= MOST_DOCUMENTS:
-        faults.append(f"--documents: {args.documents}; must be between {written} (those written by hand, which "
-                      f"are always there) and {MOST_DOCUMENTS}; choose a number in between")
+        faults.append(f"--documents: {args.documents}; must be between {written} (all those written by hand) and "
+                      f"{MOST_DOCUMENTS}; choose a number in between")
     if not 0 <= args.seed < 2**63:
         faults.append(f"--seed: {args.seed}; must be between 0 and 2^63 - 1; choose a number in between")
     if args.output.suffix != ".jsonl" or args.output.is_dir():

@@ -8,7 +8,8 @@ from functools import cache
 # masculine, feminine, masculine plural, feminine plural; what is not here follows the rules below
 FORMS = {
     "o": "o a os as", "um": "um uma uns umas", "do": "do da dos das", "no": "no na nos nas", "ao": "ao à aos às",
-    "pelo": "pelo pela pelos pelas", "num": "num numa nuns numas", "ele": "ele ela eles elas", "dum": "dum duma duns dumas",
+    "pelo": "pelo pela pelos pelas", "num": "num numa nuns numas", "ele": "ele ela eles elas",
+    "dum": "dum duma duns dumas",
     "dele": "dele dela deles delas", "nele": "nele nela neles nelas", "este": "este esta estes estas",
     "esse": "esse essa esses essas", "aquele": "aquele aquela aqueles aquelas", "neste": "neste nesta nestes nestas",
     "deste": "deste desta destes destas", "daquele": "daquele daquela daqueles daquelas",
@@ -18,8 +19,7 @@ FORMS = {
     "nenhum": "nenhum nenhuma nenhuns nenhumas", "lo": "lo la los las", "qual": "qual qual quais quais",
     "lilás": "lilás lilás lilases lilases", "cor-de-rosa": "cor-de-rosa cor-de-rosa cor-de-rosa cor-de-rosa",
     "só": "só só sós sós", "artesão": "artesão artesã artesãos artesãs", "tecelão": "tecelão tecelã tecelões tecelãs",
-    "capitão": "capitão capitã capitães capitãs", "ambos": "ambos ambas ambos ambas", "simples": "simples simples simples simples",
-    "dois": "dois duas dois duas",
+    "capitão": "capitão capitã capitães capitãs", "simples": "simples simples simples simples",
 }
 SAME_GENDER = ("maior", "menor", "melhor", "pior", "superior", "inferior", "anterior", "posterior")
 ACUTE = set("áéíóúâêô")
@@ -97,7 +97,8 @@ def spell(number: int, gender: str = "m") -> str:
             hundred = hundred[:-2] + "as"
         return hundred if number % 100 == 0 else f"{hundred} e {spell(number % 100, gender)}"
     if number >= 20:
-        return TENS[number // 10] if number % 10 == 0 else f"{TENS[number // 10]} e {spell(number % 10, gender)}"
+        ten = TENS[number // 10]
+        return ten if number % 10 == 0 else f"{ten} e {spell(number % 10, gender)}"
     return {"um": "uma", "dois": "duas"}.get(UNITS[number], UNITS[number]) if gender == "f" else UNITS[number]
 
 

@@ -127,7 +127,7 @@ def format_row(row: dict[str, Any], total_steps: int) -> str:
              ("norm", _number(row.get("grad_norm"), ".2f")), ("tok/s", _count(row.get("tokens_per_s"))),
              ("mfu", _number(row.get("mfu"), ".1%")), ("mem", _bytes(row.get("peak_memory_bytes"))),
              ("wait", _number(row.get("data_wait_s"), ".3f", "s")),
-             ("kWh", _number(row.get("energy_kwh"), ".4f")),
+             ("kWh", _number(row.get("energy_kwh"), ".3g")),
              ("eta", format_duration(row["eta_s"]) if row.get("eta_s") is not None else "-"))
     return "  ".join([begin, *(f"{name} {value}" for name, value in pairs)])
 

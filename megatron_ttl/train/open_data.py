@@ -17,19 +17,22 @@ def open_data(run: RunFile) -> tuple[CausalLMDataset, dict[str, HeldOutDataset]]
         DataError: with every fault: missing, damaged, made with other tokenizers, more pieces than the model has rows.
     """
     faults = country_faults(run.energy)
+    dataset: CausalLMDataset | None = None
     try:
         dataset = CausalLMDataset([(source.prefix, source.weight) for source in run.data.sources],
                                   run.train.sequence_length, run.run.seed)
     except UserError as error:
-        raise DataError(*faults, *error.faults) from None
+        faults += error.faults
     held_out = {}
     for prefix in run.evaluation.prefixes:
         try:
             held_out[prefix] = HeldOutDataset(prefix, run.train.sequence_length, run.evaluation.max_tokens)
         except UserError as error:
             faults += error.faults
-    faults += _tokenizer_faults(run, dataset, held_out)
+    if dataset is not None:
+        faults += _tokenizer_faults(run, dataset, held_out)
     raise_faults(DataError, faults)
+    assert dataset is not None
     return dataset, held_out
 
 
