@@ -96,7 +96,9 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Weights given, so that nn.Embedding draws none: on `meta` that would import torch._dynamo, a second's work.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[b, s] -> [b, s, h]"""

@@ -97,7 +97,8 @@ def test_composed_text_is_clean(composed):
         "small letter at the start of a sentence": re.compile(r"(?:^|[.!?] |\n\n|\n— )[a-zà-ÿ]"),
         "blank before punctuation": re.compile(r"\s[,;:!?]|\s\.(?!\.\.)"),
         "punctuation twice": re.compile(r"[,;:]\.|,,|(?<!\.)\.\.(?!\.)|[!?][.,]"),
-        "article not joined to its preposition": re.compile(r"\b(?:de|em|por|a) (?:o|os|as) (?!sol nascer|que\b)"),
+        "article not joined to its preposition": re.compile(
+            r"\b(?:de|em|por|a) (?:o|os|as) (?!sol nascer|que\b)"),
         "a word twice": re.compile(r"\b(que|de|e|em|do|da|o|um|uma|mais) \1\b"),
         "article and noun disagree": re.compile(
             r"\b(?:[Oo] (?:menina|chave|onça|escola|tia)|[Aa] (?:menino|livro|sapo|rio|tio))\b"),
@@ -186,7 +187,8 @@ def test_the_output_is_no_folder(tmp_path):
 @pytest.mark.parametrize(("singular", "plural"), [
     ("gato", "gatos"), ("botão", "botões"), ("animal", "animais"), ("anzol", "anzóis"), ("papel", "papéis"),
     ("amável", "amáveis"), ("fácil", "fáceis"), ("barril", "barris"), ("bom", "bons"), ("flor", "flores"),
-    ("xadrez", "xadrezes"), ("freguês", "fregueses"), ("lápis", "lápis"), ("sopa de feijão", "sopas de feijão"),
+    ("xadrez", "xadrezes"), ("freguês", "fregueses"), ("lápis", "lápis"),
+    ("sopa de feijão", "sopas de feijão"),
     ("mesa de madeira", "mesas de madeira"), ("pequena fábrica", "pequenas fábricas"),
 ])
 def test_plural(compose, singular, plural):
@@ -197,7 +199,8 @@ def test_plural(compose, singular, plural):
     ("o", "f", True, "as"), ("ao", "f", False, "à"), ("cansado", "f", True, "cansadas"),
     ("trabalhador", "f", False, "trabalhadora"),
     ("maior", "f", True, "maiores"), ("brincalhão", "f", False, "brincalhona"), ("azul", "f", True, "azuis"),
-    ("freguês", "f", False, "freguesa"), ("dentista", "m", False, "dentista"), ("simples", "m", True, "simples"),
+    ("freguês", "f", False, "freguesa"), ("dentista", "m", False, "dentista"),
+    ("simples", "m", True, "simples"),
     ("ele/ela", "f", False, "ela"), ("quanto", "f", True, "quantas"), ("marrom", "f", True, "marrons"),
 ])
 def test_agreement(compose, word, gender, plural, form):
@@ -218,6 +221,16 @@ def test_conjugation(compose):
     assert compose.conjugate("cantar", "past") == (
         "eu cantei, você cantou, ele ou ela cantou, nós cantamos, vocês cantaram e eles ou elas cantaram")
     assert compose.conjugate("partir", "present").endswith("nós partimos, vocês partem e eles ou elas partem")
+
+
+@pytest.mark.parametrize(("expression", "value"), [
+    ("n + 3", "20"), ("n - 3", "14"), ("n * 3", "51"), ("n / 3", "5"), ("n % 3", "2"), ("length w", "9"),
+    ("initial w", "B"), ("sorted w v", "árvore e beija-flor"), ("int 4 4", "4"),
+])
+def test_values(compose, expression, value):
+    composer = compose.Composer(compose.Random(1), {})
+    composer.names = {"n": compose.number(17), "w": compose.Word("beija-flor"), "v": compose.Word("árvore")}
+    assert composer.value(expression).text == value
 
 
 def test_sums_are_right(composed):
