@@ -39,7 +39,7 @@ sys.path.insert(0, str(FOLDER))
 from portuguese import FORMS, conjugate, fold, inflect, join, pluralise, spell  # noqa: E402
 
 MONTHS = "janeiro fevereiro março abril maio junho julho agosto setembro outubro novembro dezembro".split()
-WEEKDAYS = ("segunda-feira", "terça-feira", "quarta-feira", "quinta-feira", "sexta-feira", "sábado", "domingo")
+WEEKDAYS = "segunda-feira terça-feira quarta-feira quinta-feira sexta-feira sábado domingo".split()
 MOST_DOCUMENTS = 1_000_000
 MOST_ATTEMPTS = 100
 
@@ -275,8 +275,8 @@ def main() -> None:
 
     written, faults = len(read_grammar()[2]), []
     if not written <= args.documents <= MOST_DOCUMENTS:
-        faults.append(f"--documents: {args.documents}; must be between {written} (all those written by hand) and "
-                      f"{MOST_DOCUMENTS}; choose a number in between")
+        faults.append(f"--documents: {args.documents}; must be between {written} (all those written by hand) "
+                      f"and {MOST_DOCUMENTS}; choose a number in between")
     if not 0 <= args.seed < 2**63:
         faults.append(f"--seed: {args.seed}; must be between 0 and 2^63 - 1; choose a number in between")
     if args.output.suffix != ".jsonl" or args.output.is_dir():

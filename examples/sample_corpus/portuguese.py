@@ -7,26 +7,30 @@ from functools import cache
 
 # masculine, feminine, masculine plural, feminine plural; what is not here follows the rules below
 FORMS = {
-    "o": "o a os as", "um": "um uma uns umas", "do": "do da dos das", "no": "no na nos nas", "ao": "ao à aos às",
+    "o": "o a os as", "um": "um uma uns umas", "do": "do da dos das", "no": "no na nos nas",
+    "ao": "ao à aos às",
     "pelo": "pelo pela pelos pelas", "num": "num numa nuns numas", "ele": "ele ela eles elas",
     "dum": "dum duma duns dumas",
     "dele": "dele dela deles delas", "nele": "nele nela neles nelas", "este": "este esta estes estas",
-    "esse": "esse essa esses essas", "aquele": "aquele aquela aqueles aquelas", "neste": "neste nesta nestes nestas",
+    "esse": "esse essa esses essas", "aquele": "aquele aquela aqueles aquelas",
+    "neste": "neste nesta nestes nestas",
     "deste": "deste desta destes destas", "daquele": "daquele daquela daqueles daquelas",
     "naquele": "naquele naquela naqueles naquelas", "àquele": "àquele àquela àqueles àquelas",
     "meu": "meu minha meus minhas", "seu": "seu sua seus suas", "teu": "teu tua teus tuas",
     "bom": "bom boa bons boas", "mau": "mau má maus más", "algum": "algum alguma alguns algumas",
     "nenhum": "nenhum nenhuma nenhuns nenhumas", "lo": "lo la los las", "qual": "qual qual quais quais",
     "lilás": "lilás lilás lilases lilases", "cor-de-rosa": "cor-de-rosa cor-de-rosa cor-de-rosa cor-de-rosa",
-    "só": "só só sós sós", "artesão": "artesão artesã artesãos artesãs", "tecelão": "tecelão tecelã tecelões tecelãs",
+    "só": "só só sós sós", "artesão": "artesão artesã artesãos artesãs",
+    "tecelão": "tecelão tecelã tecelões tecelãs",
     "capitão": "capitão capitã capitães capitãs", "simples": "simples simples simples simples",
 }
 SAME_GENDER = ("maior", "menor", "melhor", "pior", "superior", "inferior", "anterior", "posterior")
 ACUTE = set("áéíóúâêô")
-UNITS = ("zero um dois três quatro cinco seis sete oito nove dez onze doze treze catorze quinze dezesseis dezessete "
-         "dezoito dezenove").split()
+UNITS = ("zero um dois três quatro cinco seis sete oito nove dez onze doze treze catorze quinze dezesseis "
+         "dezessete dezoito dezenove").split()
 TENS = "x dez vinte trinta quarenta cinquenta sessenta setenta oitenta noventa".split()
-HUNDREDS = ("x cento duzentos trezentos quatrocentos quinhentos seiscentos setecentos oitocentos novecentos").split()
+HUNDREDS = ("x cento duzentos trezentos quatrocentos quinhentos seiscentos setecentos oitocentos "
+            "novecentos").split()
 PERSONS = ("eu", "você", "ele ou ela", "nós", "vocês", "eles ou elas")
 ENDINGS = {
     "present": {"ar": "o a a amos am am", "er": "o e e emos em em", "ir": "o e e imos em em"},
@@ -63,7 +67,7 @@ def pluralise(noun: str) -> str:
 
 @cache
 def inflect(word: str, gender: str, plural: bool) -> str:
-    """Return `word`, written in the masculine singular or as "ele/ela", for a gender ("m", "f") and number."""
+    """Return `word`, given in the masculine singular or as "ele/ela", for a gender ("m", "f") and number."""
     if "/" in word:
         return word.split("/")[gender == "f"]
     if word in FORMS:

@@ -19,7 +19,7 @@ from megatron_ttl.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "sample_corpus"
 MARKERS = re.compile(r"[{}\[\]|~#*_]|  | //")
-DEMO_DOCUMENTS = 12_000  # what examples/demo.sh composes
+DEMO_DOCUMENTS = 12_000  # the default of compose.py; examples/demo.sh takes somewhat more
 
 
 @pytest.fixture(scope="module")
