@@ -1,4 +1,4 @@
-"""Write a checkpoint of a run as a Hugging Face model folder, and prove that transformers computes the same."""
+"""Write a checkpoint of a run as a Hugging Face model folder, and prove it with transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read JSON that someone else may have written: bounded in size and depth, without duplicate keys, NaN or surprises."""
+"""Read JSON that someone else may have written: bounded in size and depth, without duplicate keys and NaN."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_regular_file(path: Path, limit_bytes: int, follow_links: bool = False) 
     Args:
         path: the file.
         limit_bytes: larger ones are refused unread.
-        follow_links: whether a symbolic link is accepted; model folders of Hugging Face's cache consist of them.
+        follow_links: whether a symbolic link is accepted; Hugging Face's cache consists of them.
 
     Raises:
         CheckpointError: it is missing, cannot be read, is no regular file or is too large.
@@ -32,7 +32,8 @@ def read_regular_file(path: Path, limit_bytes: int, follow_links: bool = False) 
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
-        what = "is a symbolic link" if path.is_symlink() and not follow_links else f"cannot be read ({error.strerror})"
+        is_link = path.is_symlink() and not follow_links
+        what = "is a symbolic link" if is_link else f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{path}: {what}; it must be a regular file; {_CURE}") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -40,11 +41,13 @@ def read_regular_file(path: Path, limit_bytes: int, follow_links: bool = False) 
     with open(descriptor, "rb") as handle:
         size = os.fstat(descriptor).st_size
         if size > limit_bytes:
-            raise CheckpointError(f"{path}: has {size:,} bytes; it must have at most {limit_bytes:,}; {_CURE}")
+            raise CheckpointError(f"{path}: has {size:,} bytes; it must have at most {limit_bytes:,}; "
+                                  f"{_CURE}")
         try:
             return handle.read(limit_bytes)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); it must be readable; {_CURE}") from None
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); it must be readable; "
+                                  f"{_CURE}") from None
 
 
 def read_json_object(path: Path, follow_links: bool = False) -> dict[str, Any]:
@@ -66,7 +69,8 @@ def parse_json_object(payload: bytes, path: Path) -> dict[str, Any]:
         value = json.loads(payload.decode("utf-8"), parse_constant=_refuse_constant,
                            object_pairs_hook=_without_duplicates)
     except RecursionError:
-        raise CheckpointError(f"{path}: is nested too deeply; it must be a plain JSON object; {_CURE}") from None
+        raise CheckpointError(f"{path}: is nested too deeply; it must be a plain JSON object; "
+                              f"{_CURE}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: is not JSON ({error}); it must be a JSON object; {_CURE}") from None
     if not isinstance(value, dict):
@@ -82,5 +86,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
-        raise ValueError(f"key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} stands there twice")
+        raise ValueError(f"key {next(key for key, _ in pairs if key in seen or seen.add(key))!r} stands "
+                         "there twice")
     return result

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face model folder that is proven to be the same model, and read such folders."""
+"""Write a checkpoint as a Hugging Face model folder, proven to be the same model; read such folders."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def load_model_folder(path: str | os.PathLike[str], device: torch.device | str =
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder}: {what}; it must be a model folder; make one with tools/convert_to_hf.py")
+        raise CheckpointError(f"{folder}: {what}; it must be a model folder; make one with "
+                              "tools/convert_to_hf.py")
     config = read_hf_config(folder / "config.json")
     return load_weights(find_weights(folder, config), config, device, dtype), config
 
@@ -59,20 +60,21 @@ def export_run(run: str | os.PathLike[str], output: str | os.PathLike[str], step
     """
     folder = Path(run)
     if not (folder / "settings.json").is_file():
-        raise CheckpointError(f"{folder}: is no run folder (it has no settings.json); it must be the run.dir of a training; "
-                              "correct the path")
+        raise CheckpointError(f"{folder}: is no run folder (it has no settings.json); it must be the run.dir "
+                              "of a training; correct the path")
     settings = read_json_object(folder / "settings.json")
     try:
         config = ModelConfig.model_validate(settings["run"]["model"])
     except (KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"{folder / 'settings.json'}: run.model cannot be read ({str(error)[:200]}); it must be as "
-                              "the run wrote it; restore the file") from None
+        raise CheckpointError(f"{folder / 'settings.json'}: run.model cannot be read ({str(error)[:200]}); "
+                              "it must be as the run wrote it; restore the file") from None
     store = CheckpointStore(folder / "checkpoints")
     checkpoint = store.latest_valid() if step is None else store.open(step)
     if checkpoint is None:
-        raise CheckpointError(f"{folder}: has no checkpoint yet; the run must have saved one; train it further")
-    result = export_model_folder(checkpoint, config, folder / "tokenizer", output, run_name=folder.resolve().name,
-                                 **options)
+        raise CheckpointError(f"{folder}: has no checkpoint yet; the run must have saved one; train it "
+                              "further")
+    result = export_model_folder(checkpoint, config, folder / "tokenizer", output,
+                                 run_name=folder.resolve().name, **options)
     return {"run": str(folder), **result, "warnings": store.warnings}
 
 
@@ -101,7 +103,7 @@ def export_model_folder(
 
     Raises:
         ConfigError: the output is there already, or the dtype is unknown.
-        CheckpointError: weights, config and tokenizer do not fit together, or transformers computes something else.
+        CheckpointError: weights, config and tokenizer do not fit together, or transformers disagrees.
         DiskError: the disk cannot take it.
     """
     output = Path(output)
@@ -109,8 +111,9 @@ def export_model_folder(
     raise_faults(CheckpointError, _weight_faults(checkpoint, config))
     tokenizer = Tokenizer.load(tokenizer_dir)
     if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(f"{tokenizer_dir}: has {tokenizer.vocab_size} pieces, the model {config.vocab_size} rows; "
-                              "every piece must have a row; use the tokenizer of the run")
+        raise CheckpointError(f"{tokenizer_dir}: has {tokenizer.vocab_size} pieces, the model "
+                              f"{config.vocab_size} rows; every piece must have a row; use the tokenizer of "
+                              "the run")
     parameters = sum(math.prod(shape) for shape in hf_shapes(config).values())
     size = parameters * DTYPES[dtype].itemsize
     require_free_space(output, size + (1 << 20), "the model folder")
@@ -121,13 +124,18 @@ def export_model_folder(
                 write_weights(folder, weights, config, DTYPES[dtype], max_shard_bytes, report)
             _write_json(folder / "config.json", hf_config(config, tokenizer, dtype))
             _write_json(folder / "generation_config.json", {
-                "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id})
+                "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+                "pad_token_id": tokenizer.pad_id})
             _copy_tokenizer(tokenizer.directory, folder, checkpoint.record.get("bos"))
-            proof = _verify(folder, weights, config, DTYPES[dtype], tokenizer) if verify else {"verified": "no: not asked"}
-            _write_json(folder / PROVENANCE, _provenance(folder, checkpoint, run_name, dtype, tokenizer, proof))
+            proof: dict[str, Any] = {"verified": "no: not asked"}
+            if verify:
+                proof = _verify(folder, weights, config, DTYPES[dtype], tokenizer)
+            origin = _provenance(folder, checkpoint, run_name, dtype, tokenizer, proof)
+            _write_json(folder / PROVENANCE, origin)
     except OSError as error:
-        raise DiskError(f"{error.filename or output}: the model folder could not be written ({error.strerror or error}); "
-                        f"it needs {human_bytes(size)}; free some space or choose another folder") from error
+        raise DiskError(f"{error.filename or output}: the model folder could not be written "
+                        f"({error.strerror or error}); it needs {human_bytes(size)}; free some space or "
+                        "choose another folder") from error
     return {"output": str(output), "step": checkpoint.step, "parameters": parameters, "dtype": dtype, **proof}
 
 
@@ -139,33 +147,34 @@ def _option_faults(output: Path, dtype: str, overwrite: bool) -> list[str]:
         faults.append(f"{output}: is a file; the output must be a folder; choose another name")
     elif output.is_dir() and any(output.iterdir()):
         if not overwrite:
-            faults.append(f"{output}: exists and is not empty; a model is not overwritten unasked; choose another name, or "
-                          "give --overwrite")
+            faults.append(f"{output}: exists and is not empty; a model is not overwritten unasked; choose "
+                          "another name, or give --overwrite")
         elif not (output / "config.json").exists():
-            faults.append(f"{output}: is not empty and no model folder (it has no config.json); only a model folder is "
-                          "overwritten; choose another name")
+            faults.append(f"{output}: is not empty and no model folder (it has no config.json); only a model "
+                          "folder is overwritten; choose another name")
     return faults
 
 
 def _weight_faults(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
     expected = hf_shapes(config)
-    found = {name: tuple(entry.shape) for name, entry in checkpoint.manifest.groups.get("weights", {}).items()}
+    entries = checkpoint.manifest.groups.get("weights", {})
+    found = {name: tuple(entry.shape) for name, entry in entries.items()}
     return [f"{checkpoint.directory}: {name}: has shape {found.get(name)}; the run's settings ask for "
             f"{expected.get(name)}; they must belong together; use the settings of this run"
             for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
 
 
 def _copy_tokenizer(source: Path, folder: Path, bos: bool | None) -> None:
-    """Copy Hugging Face's files; whether a prompt begins with BOS follows from the data that the model saw."""
+    """Copy Hugging Face's files; whether a prompt begins with BOS follows from the training data."""
     for name in _TOKENIZER_FILES:
         if not (source / name).is_file():
-            raise CheckpointError(f"{source / name}: is missing; a tokenizer folder has it, for Hugging Face; use one that "
-                                  "tools/train_tokenizer.py wrote")
+            raise CheckpointError(f"{source / name}: is missing; a tokenizer folder has it, for Hugging "
+                                  "Face; use one that tools/train_tokenizer.py wrote")
         shutil.copyfile(source / name, folder / name)
     settings = read_json_object(folder / "tokenizer_config.json")
     if "auto_map" in settings:
-        raise CheckpointError(f"{source / 'tokenizer_config.json'}: 'auto_map' names code to load; a tokenizer must need "
-                              "none; remove the key")
+        raise CheckpointError(f"{source / 'tokenizer_config.json'}: 'auto_map' names code to load; a "
+                              "tokenizer must need none; remove the key")
     if bos is not None:
         _write_json(folder / "tokenizer_config.json", {**settings, "add_bos_token": bos})
 
@@ -217,9 +226,9 @@ def _verify(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, dt
         difference = (ours(ids) - theirs(ids).logits).abs().max().item()
     cure = "do not use this model; the versions of torch and transformers must be those of constraints.txt"
     if not difference <= LOGIT_TOLERANCE:
-        raise CheckpointError(f"{folder.name}: transformers computes other logits, by up to {difference:.3g}; the "
-                              f"difference must be at most {LOGIT_TOLERANCE:g}; {cure}")
+        raise CheckpointError(f"{folder.name}: transformers computes other logits, by up to "
+                              f"{difference:.3g}; the difference must be at most {LOGIT_TOLERANCE:g}; {cure}")
     if their_tokenizer.encode(_PROBE, add_special_tokens=False) != tokenizer.encode(_PROBE):
-        raise CheckpointError(f"{folder.name}: transformers reads other tokens than sentencepiece; they must be the same; "
-                              f"{cure}")
+        raise CheckpointError(f"{folder.name}: transformers reads other tokens than sentencepiece; they must "
+                              f"be the same; {cure}")
     return {"verified": "yes", "largest_logit_difference": difference}

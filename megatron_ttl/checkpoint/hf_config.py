@@ -1,6 +1,7 @@
-"""Between ModelConfig and Hugging Face's config.json: everything is written out, and only what we know is read.
+"""Between ModelConfig and Hugging Face's config.json: all is written out, and only what we know is read.
 
-The reader takes a list of Llama's fields and nothing else: what it does not know could change the model, or load code.
+The reader takes a list of Llama's fields and nothing else: what it does not know could change the model, or
+load code.
 """
 
 from __future__ import annotations
@@ -39,17 +40,19 @@ _FIXED: dict[str, tuple[Any, str]] = {
 }
 
 # Fields that say nothing about the function that the model computes.
-_IGNORED = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "dtype", "torch_dtype",
-            "initializer_range", "transformers_version", "use_cache", "return_dict", "output_attentions",
-            "output_hidden_states", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"}
+_IGNORED = {"_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "dtype",
+            "torch_dtype", "initializer_range", "transformers_version", "use_cache", "return_dict",
+            "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type",
+            "chunk_size_feed_forward"}
+_NOT_WRITTEN = ("is_encoder_decoder", "quantization_config")
 _HANDLED = {"head_dim", "rms_norm_eps", "rope_theta", "rope_parameters"}
 _CURE = "use a Llama-2 model folder, such as tools/convert_to_hf.py writes"
 
 
 def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """Return the content of config.json, with rotary settings and dtype in the words of transformers 4 and 5."""
+    """Return the content of config.json, rotary settings and dtype in the words of transformers 4 and 5."""
     return {
-        **{key: value for key, (value, _) in _FIXED.items() if key not in ("is_encoder_decoder", "quantization_config")},
+        **{key: value for key, (value, _) in _FIXED.items() if key not in _NOT_WRITTEN},
         **{key: getattr(config, key) for key in _SIZES},
         "head_dim": config.head_dim, "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
@@ -69,7 +72,8 @@ def read_hf_config(path: Path) -> ModelConfig:
     required = ("model_type", *(key for key in list(_SIZES)[:6] if key != "num_key_value_heads"))
     faults = [f"{key}: is missing; it must be there" for key in required if key not in content]
     faults += _unknown(content) + _fixed_faults(content)
-    content = {"num_key_value_heads": content.get("num_attention_heads"), "max_position_embeddings": 2048, **content}
+    content = {"num_key_value_heads": content.get("num_attention_heads"), "max_position_embeddings": 2048,
+               **content}
     for key in _SIZES:
         largest = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
         if key in content and not _is_whole(content[key], largest):
@@ -82,43 +86,49 @@ def read_hf_config(path: Path) -> ModelConfig:
     if not faults:
         faults = _head_faults(content)
     raise_faults(CheckpointError, (f"{path}: {fault}; {_CURE}" for fault in faults))
-    return ModelConfig(**{key: content[key] for key in _SIZES}, rms_norm_eps=float(epsilon), rope_theta=float(theta))
+    return ModelConfig(**{key: content[key] for key in _SIZES}, rms_norm_eps=float(epsilon),
+                       rope_theta=float(theta))
 
 
 def _unknown(content: Mapping[str, Any]) -> list[str]:
     known = _SIZES.keys() | _FIXED.keys() | _IGNORED | _HANDLED
-    return [f"{key[:80]!r}: is not a field that we know; every field must be known, for it could change the model or "
-            "load code" for key in sorted(content.keys() - known)]
+    return [f"{key[:80]!r}: is not a field that we know; every field must be known, for it could change the "
+            "model or load code" for key in sorted(content.keys() - known)]
 
 
 def _fixed_faults(content: Mapping[str, Any]) -> list[str]:
-    return [f"{key}: {_short(content[key])}; it must be {value!r}, {why}" for key, (value, why) in _FIXED.items()
-            if key in content and (content[key] != value or isinstance(content[key], bool) != isinstance(value, bool))]
+    # In Python 0 == False: the type of a yes or no must be right as well.
+    return [f"{key}: {_short(content[key])}; it must be {value!r}, {why}"
+            for key, (value, why) in _FIXED.items() if key in content
+            and (content[key] != value or isinstance(content[key], bool) != isinstance(value, bool))]
 
 
 def _rope_theta(content: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """Return the base of the rotary angles, which transformers 4 writes as a field and 5 into `rope_parameters`."""
+    """Return the base of the rotary angles, a field for transformers 4, in `rope_parameters` for 5."""
     rope = content.get("rope_parameters")
     if rope is None:
         rope = {}
-    if not isinstance(rope, dict) or rope.keys() - {"rope_theta", "rope_type"} or rope.get("rope_type") not in (
-            None, "default"):
-        return 0.0, [f"rope_parameters: {_short(rope)}; it must be rope_theta and rope_type 'default', positions are not "
-                     "scaled"]
+    plain = isinstance(rope, dict) and rope.keys() <= {"rope_theta", "rope_type"}
+    if not plain or rope.get("rope_type", "default") != "default":
+        return 0.0, [f"rope_parameters: {_short(rope)}; it must be rope_theta and rope_type 'default', "
+                     "positions are not scaled"]
     given = [source["rope_theta"] for source in (rope, content) if "rope_theta" in source] or [10_000.0]
     if any(not _is_number(theta) or not 1 < theta < 1e12 for theta in given) or len(set(given)) > 1:
-        return 0.0, [f"rope_theta: {' and '.join(_short(theta) for theta in given)}; it must be one number larger than 1"]
+        return 0.0, [f"rope_theta: {' and '.join(_short(theta) for theta in given)}; it must be one number "
+                     "larger than 1"]
     return given[0], []
 
 
 def _head_faults(content: Mapping[str, Any]) -> list[str]:
-    hidden, heads, groups = (content[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    hidden, heads, groups = (content[key] for key in ("hidden_size", "num_attention_heads",
+                                                      "num_key_value_heads"))
     faults = []
     if hidden % heads or hidden // heads % 2:
-        faults.append(f"hidden_size: {hidden} with {heads} attention heads; it must be an even multiple of them")
+        faults.append(f"hidden_size: {hidden} with {heads} attention heads; it must be an even multiple of "
+                      "them")
     elif content.get("head_dim") not in (None, hidden // heads):
-        faults.append(f"head_dim: {_short(content['head_dim'])}; it must be hidden_size / num_attention_heads = "
-                      f"{hidden // heads}")
+        faults.append(f"head_dim: {_short(content['head_dim'])}; it must be hidden_size / "
+                      f"num_attention_heads = {hidden // heads}")
     if heads % groups:
         faults.append(f"num_key_value_heads: {groups}; it must divide num_attention_heads = {heads}")
     if content["vocab_size"] < 4:

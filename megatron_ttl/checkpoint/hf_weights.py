@@ -23,6 +23,7 @@ from megatron_ttl.model.llama import build_model
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _FLOATS = {"F32", "BF16", "F16"}
 _CURE = "get the folder again, or convert the checkpoint again with tools/convert_to_hf.py"
 # Old Llama files carry the rotary frequencies, which follow from the config.
@@ -87,7 +88,8 @@ def find_weights(folder: Path, config: ModelConfig) -> WeightFiles:
             with safe_open(folder / file, framework="pt", device="cpu") as handle:
                 for name in handle.keys():
                     piece = handle.get_slice(name)
-                    faults += _tensor_faults(name, tuple(piece.get_shape()), piece.get_dtype(), expected, file_of)
+                    faults += _tensor_faults(name, tuple(piece.get_shape()), piece.get_dtype(), expected,
+                                             file_of)
                     file_of[name] = file
         except (SafetensorError, OSError) as error:
             faults.append(f"{file}: is no readable safetensors file ({error})")
@@ -119,14 +121,15 @@ def build_from(tensor_of: Callable[[str], Tensor], config: ModelConfig, device: 
 def _indexed_files(folder: Path) -> list[str]:
     """Return the files of the index; they must lie in the folder itself."""
     if not (folder / INDEX).exists():
-        pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
-        why = f"; {', '.join(pickled[:3])} is not read, for opening such a file can run code" if pickled else ""
+        pickles = (".bin", ".pt", ".pth", ".ckpt")
+        pickled = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in pickles))
+        why = f"; {pickled[:80]} is not read, for opening such a file can run code" if pickled else ""
         raise CheckpointError(f"{folder}: has no {SINGLE}{why}; weights must be safetensors; {_CURE}")
     weight_map = read_json_object(folder / INDEX, follow_links=True).get("weight_map")
     names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else {"weight_map"}
-    wrong = [name for name in sorted(names) if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", name)]
-    raise_faults(CheckpointError, (f"{folder / INDEX}: file {name[:80]!r}; it must be a safetensors file of this folder; "
-                                   f"{_CURE}" for name in wrong))
+    wrong = [name for name in sorted(names) if not _FILE_NAME.fullmatch(name)]
+    raise_faults(CheckpointError, (f"{folder / INDEX}: file {name[:80]!r}; it must be a safetensors file of "
+                                   f"this folder; {_CURE}" for name in wrong))
     return sorted(names)
 
 

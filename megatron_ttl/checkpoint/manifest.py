@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_ttl.checkpoint.bounded_json import MAX_JSON_BYTES, parse_json_object, read_json_object, read_regular_file
+from megatron_ttl.checkpoint.bounded_json import (MAX_JSON_BYTES, parse_json_object, read_json_object,
+                                                  read_regular_file)
 from megatron_ttl.checkpoint.tensor_file import dtype_name, encoded_bytes
 from megatron_ttl.errors import CheckpointError, raise_faults
 from megatron_ttl.files import checksum, checksum_bytes
@@ -54,7 +55,7 @@ class Manifest(_Strict):
     groups: dict[str, dict[str, TensorEntry]]
 
     def encode(self) -> bytes:
-        """Return the file's bytes. They hold their own checksum, so that a flipped bit in them shows as well."""
+        """Return the file's bytes. They hold their own checksum: a flipped bit in them shows as well."""
         body = self.model_dump()
         sealed = {"checksum": checksum_bytes(_canonical(body)), **body}
         return _canonical(sealed) + b"\n"
@@ -66,7 +67,7 @@ def file_name(group: str) -> str:
 
 
 def plan_manifest(step: int, groups: Mapping[str, Mapping[str, Tensor]], record: bytes) -> Manifest:
-    """Describe a checkpoint that is about to be written: all sizes are final, the checksums are still blank."""
+    """Describe a checkpoint that is about to be written: sizes are final, checksums are still blank."""
     wrong = [group for group in groups if not _GROUP.fullmatch(group)]
     assert not wrong, f"group names are file names: {wrong}"
     files = {file_name(group): encoded_bytes(tensors) for group, tensors in groups.items()}
@@ -91,8 +92,8 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
             return payload
         raise ValueError(f"{len(payload):,} bytes, more than {MAX_JSON_BYTES:,}")
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{RECORD}: cannot be written ({error}); it must be plain and small JSON without NaN "
-                              "and infinity; leave the value out") from None
+        raise CheckpointError(f"{RECORD}: cannot be written ({error}); it must be plain and small JSON "
+                              "without NaN and infinity; leave the value out") from None
 
 
 def read_manifest(folder: Path, step: int | None = None) -> Manifest:
@@ -112,20 +113,23 @@ def read_manifest(folder: Path, step: int | None = None) -> Manifest:
     payload = read_regular_file(path, MAX_JSON_BYTES)
     content = parse_json_object(payload, path)
     if content.get("format") != "megatron_ttl checkpoint" or content.get("version") != 1:
-        raise CheckpointError(f"{path}: format {content.get('format')!r}, version {content.get('version')!r}; this "
-                              f"release reads 'megatron_ttl checkpoint', version 1; {_CURE}, or another release")
+        raise CheckpointError(f"{path}: format {content.get('format')!r}, version "
+                              f"{content.get('version')!r}; this release reads 'megatron_ttl checkpoint', "
+                              f"version 1; {_CURE}, or another release")
     content.pop("checksum", None)
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: {where}: {first['msg']}; it must be as it was written; {_CURE}") from None
+        raise CheckpointError(f"{path}: {where}: {first['msg']}; it must be as it was written; "
+                              f"{_CURE}") from None
     if manifest.encode() != payload:
-        raise CheckpointError(f"{path}: its own checksum does not match, it was changed; it must be as it was written; "
-                              f"{_CURE}")
+        raise CheckpointError(f"{path}: its own checksum does not match, it was changed; it must be as it "
+                              f"was written; {_CURE}")
     if step is not None and manifest.step != step:
-        raise CheckpointError(f"{path}: is of step {manifest.step}; the folder's name must say the same; {_CURE}")
+        raise CheckpointError(f"{path}: is of step {manifest.step}; the folder's name must say the same; "
+                              f"{_CURE}")
     raise_faults(CheckpointError, _name_faults(path, manifest) or _size_faults(folder, manifest))
     return manifest
 
@@ -140,8 +144,8 @@ def verify(folder: Path, step: int | None = None) -> tuple[Manifest, dict[str, A
     """
     manifest = read_manifest(folder, step)
     with ThreadPoolExecutor(4) as pool:  # hashing and reading release the GIL
-        found = list(pool.map(lambda name: _content_fault(folder / name, manifest.files[name]), manifest.files))
-    raise_faults(CheckpointError, filter(None, found))
+        faults = list(pool.map(lambda item: _content_fault(folder / item[0], item[1]), manifest.files.items()))
+    raise_faults(CheckpointError, filter(None, faults))
     for group in manifest.groups:
         _check_header(folder / file_name(group), manifest.groups[group])
     return manifest, read_json_object(folder / RECORD)
@@ -197,6 +201,7 @@ def _check_header(path: Path, expected: Mapping[str, TensorEntry]) -> None:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: is no safetensors file ({error}); it must be one; {_CURE}") from None
     if found != dict(expected):
-        differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise CheckpointError(f"{path}: holds other tensors than the manifest says ({', '.join(differing[:5])}); they "
-                              f"must be the same; {_CURE}")
+        names = found.keys() | expected.keys()
+        differing = sorted(name for name in names if found.get(name) != expected.get(name))
+        raise CheckpointError(f"{path}: holds other tensors than the manifest says "
+                              f"({', '.join(differing[:5])}); they must be the same; {_CURE}")

@@ -1,6 +1,6 @@
 """Between the model's packed weights and Hugging Face's names: the only place that knows both.
 
-A pure cut by rows, so it is lossless for weights and for everything of their shape (gradients, Adam's moments).
+A pure cut by rows, so nothing is lost, of weights or of what has their shape (gradients, Adam's moments).
 No rows change places: our rotary embedding is Hugging Face's half-rotation.
 """
 
@@ -16,10 +16,11 @@ from megatron_ttl.config.schema import ModelConfig
 _OUTER = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
           "lm_head.weight": "lm_head.weight"}
 
-# A block's weight -> Hugging Face's pieces of it, in the order of the rows; both in the order of a model file.
+# A block's weight -> Hugging Face's pieces of it, in the order of the rows, and of a model file.
 _BLOCK = {
     "input_layernorm.weight": ("input_layernorm.weight",),
-    "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight",
+                                  "self_attn.v_proj.weight"),
     "self_attn.o_proj.weight": ("self_attn.o_proj.weight",),
     "post_attention_layernorm.weight": ("post_attention_layernorm.weight",),
     "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
@@ -54,8 +55,8 @@ def _shape(hf_name: str, config: ModelConfig) -> tuple[int, ...]:
     kind = hf_name.split(".")[-2]
     if kind.endswith("norm"):
         return (hidden,)
-    rows = {"embed_tokens": config.vocab_size, "lm_head": config.vocab_size, "q_proj": queries, "k_proj": keys,
-            "v_proj": keys, "gate_proj": wide, "up_proj": wide}
+    rows = {"embed_tokens": config.vocab_size, "lm_head": config.vocab_size, "q_proj": queries,
+            "k_proj": keys, "v_proj": keys, "gate_proj": wide, "up_proj": wide}
     columns = {"o_proj": queries, "down_proj": wide}
     return (rows.get(kind, hidden), columns.get(kind, hidden))
 
@@ -68,7 +69,7 @@ def split_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Ten
 
 
 def join_from_hf(name: str, pieces: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
-    """Pack Hugging Face's pieces into the model's tensor; a weight that is not packed is returned as it is."""
+    """Pack Hugging Face's pieces into the model's tensor; a single piece is returned as it is."""
     names = hf_names(name, config)
     assert set(pieces) == set(names), (name, sorted(pieces))
     return pieces[names[0]] if len(names) == 1 else torch.cat([pieces[piece] for piece in names])

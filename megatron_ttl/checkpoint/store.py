@@ -1,10 +1,11 @@
-"""Keep the run: a folder per checkpoint, written so that a kill, a full disk or a power cut never costs the former one.
+"""Keep the run: a folder per checkpoint, written so that no kill, full disk or power cut costs the last.
 
     step-00000040.tmp-<pid>/   every file written and fsynced; the manifest with sizes and checksums last
     step-00000040/             the same folder, renamed: a name of this form was complete once
 
-The newest checkpoint is found by looking: no file says which one it is. A folder is trusted after every byte of it
-matched its manifest. Reading changes nothing on the disk; one process at a time may save (the run's lock sees to it).
+The newest checkpoint is found by looking: no file says which one it is. A folder is trusted after every byte
+of it matched its manifest. Reading changes nothing on the disk. One process at a time may save: the run's
+lock sees to it.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ class Checkpoint:
         return list(self.manifest.groups)
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """Load one group on the CPU, [shapes as saved]; the memory is the file's own pages until it is written to.
+        """Load one group on the CPU, shapes as saved; memory is the file's own pages until written to.
 
         Raises:
             CheckpointError: there is no such group.
         """
         if group not in self.manifest.groups:
-            raise CheckpointError(f"{self.directory}: has no group {group!r}; it has {', '.join(self.groups)}; "
-                                  "use a checkpoint of a training run")
+            raise CheckpointError(f"{self.directory}: has no group {group!r}; it has "
+                                  f"{', '.join(self.groups)}; use a checkpoint of a training run")
         with safe_open(self.directory / file_name(group), framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in self.manifest.groups[group]}
 
@@ -90,8 +91,9 @@ class CheckpointStore:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise CheckpointError(f"{self.directory}: cannot be read ({error.strerror}); it must be the folder of the "
-                                  "run's checkpoints; check the path and its permissions") from None
+            raise CheckpointError(f"{self.directory}: cannot be read ({error.strerror}); it must be the "
+                                  "folder of the run's checkpoints; check the path and its "
+                                  "permissions") from None
         found = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
         return sorted(step for step in found if self._folder(step).name in names)
 
@@ -104,7 +106,8 @@ class CheckpointStore:
         folder = self._folder(which) if isinstance(which, int) else Path(which)
         if isinstance(which, int) and not folder.exists():
             known = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"{folder}: does not exist; step must be one of those kept ({known}); choose one")
+            raise CheckpointError(f"{folder}: does not exist; step must be one of those kept ({known}); "
+                                  "choose one")
         named = _STEP.fullmatch(folder.name)
         manifest, record = verify(folder, int(named[1]) if named else None)
         return Checkpoint(folder, manifest.step, record, manifest)
@@ -127,11 +130,12 @@ class CheckpointStore:
                 faults += error.faults
                 self.warnings += [f"checkpoint of step {step} passed over: {fault}" for fault in error.faults]
         if faults:
-            raise CheckpointError(f"{self.directory}: no checkpoint is whole; one must be, to go on; restore one from a "
-                                  "copy, or start anew in another folder", *faults)
+            raise CheckpointError(f"{self.directory}: no checkpoint is whole; one must be, to go on; restore "
+                                  "one from a copy, or start anew in another folder", *faults)
         return None
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> Saved:
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
+             record: Mapping[str, Any]) -> Saved:
         """Write the checkpoint of a step, then remove those that need not stay.
 
         Saving a step again is safe: a valid checkpoint of it stays as it is, a damaged one is replaced.
@@ -143,7 +147,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: the record is not JSON.
-            DiskError: the disk cannot take it. Nothing of it is left, and the former checkpoints are untouched.
+            DiskError: the disk cannot take it. Nothing of it is left, the former ones are untouched.
         """
         payload = encode_record(record)
         plan = plan_manifest(step, tensors, payload)
@@ -202,10 +206,10 @@ class CheckpointStore:
                 _delete(Path(entry.path))
 
     def _remove_old(self, newest: int) -> None:
-        """Delete the checkpoints that need not stay. Trouble here is a warning: the save itself has succeeded.
+        """Delete the checkpoints that need not stay. Trouble here is a warning: the save has succeeded.
 
-        Only folders that look whole (manifest and sizes) count among the last ones to keep, so that damaged ones never
-        push out the last one that can be read.
+        Only folders that look whole (manifest and sizes) count among the last ones to keep: damaged ones must
+        never push out the last one that can be read.
         """
         steps = self.steps()
         whole = [step for step in steps if step == newest or self._looks_whole(step)]
@@ -217,8 +221,8 @@ class CheckpointStore:
             try:
                 self._move_aside(self._folder(step))
             except OSError as error:
-                self.warnings.append(f"{self._folder(step)}: could not be deleted ({error.strerror}); it should be, to "
-                                     "free the disk; delete it by hand")
+                self.warnings.append(f"{self._folder(step)}: could not be deleted ({error.strerror}); it "
+                                     "should be, to free the disk; delete it by hand")
 
     def _looks_whole(self, step: int) -> bool:
         try:
@@ -232,15 +236,17 @@ class CheckpointStore:
         while not place.exists():
             place = place.parent
         free = human_bytes(shutil.disk_usage(place).free)
-        return DiskError(f"{error.filename or self.directory}: the checkpoint of step {step} could not be written "
-                         f"({error.strerror or error}); it needs {human_bytes(needed)}, {free} are free; free some space "
-                         "or repair the disk")
+        return DiskError(f"{error.filename or self.directory}: the checkpoint of step {step} could not be "
+                         f"written ({error.strerror or error}); it needs {human_bytes(needed)}, {free} are "
+                         "free; free some space or repair the disk")
 
 
 def _fill(folder: Path, plan: Manifest, tensors: Mapping[str, Mapping[str, Tensor]], record: bytes) -> None:
     """Write all files of a checkpoint; the manifest comes last, with the checksums of what was written."""
     folder.mkdir()
-    sums = {file_name(group): write_tensors(folder / file_name(group), content) for group, content in tensors.items()}
+    sums = {}
+    for group, content in tensors.items():
+        sums[file_name(group)] = write_tensors(folder / file_name(group), content)
     sums[RECORD] = checksum_bytes(record)
     files = {name: FileEntry(bytes=plan.files[name].bytes, checksum=sums[name]) for name in plan.files}
     _write_bytes(folder / RECORD, record)

@@ -1,8 +1,9 @@
-"""Write safetensors files: the library's own bytes, but streamed, hashed on the way, and of a size known before.
+"""Write safetensors files: the library's own bytes, but streamed, hashed on the way, of a size known before.
 
-The library's `save_file` hides what the disk said (its error is no OSError and has no errno), makes files that only
-their owner can read, and leaves hashing to a second pass. Reading is the library's.
-Source of the format: https://huggingface.co/docs/safetensors/index (8 bytes length of the header, little-endian; the
+The library's `save_file` hides what the disk said (its error is no OSError and has no errno), makes files
+that only their owner can read, and leaves hashing to a second pass. Reading is the library's.
+
+Source: https://huggingface.co/docs/safetensors/index (8 bytes length of the header, little-endian; the
 header, JSON padded with spaces to 8 bytes; the tensors' bytes, end to end).
 """
 
@@ -17,9 +18,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-# In the order of the format's own enumeration: larger ones come first in a file, which keeps every tensor aligned.
+# In the order of the format's own enumeration: later ones come first in a file, so tensors are aligned.
 _DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
-           torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+           torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64",
+           torch.int64: "I64"}
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 _BLOCK_BYTES = 16 << 20
 
@@ -34,7 +36,8 @@ def encoded_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     return len(_header(tensors, metadata)) + sum(tensor.nbytes for tensor in tensors.values())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor],
+                  metadata: Mapping[str, str] | None = None) -> str:
     """Write a new safetensors file, wait until the disk has it, and return its checksum.
 
     Args:
@@ -68,14 +71,16 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
     for name in _file_order(tensors):
         tensor = tensors[name]
         end = offset + tensor.nbytes
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                         "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> Iterator[memoryview | bytes]:
+def _blocks(tensors: Mapping[str, Tensor],
+            metadata: Mapping[str, str] | None) -> Iterator[memoryview | bytes]:
     yield _header(tensors, metadata)
     for name in _file_order(tensors):
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)

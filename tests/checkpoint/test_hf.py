@@ -32,20 +32,26 @@ PROMPT = "a menina viu o rio; 日本 🙂"
 
 def config_of(kv_heads: int, vocab_size: int = 352) -> ModelConfig:
     return ModelConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
-                       num_key_value_heads=kv_heads, vocab_size=vocab_size, max_position_embeddings=96, rms_norm_eps=1e-5)
+                       num_key_value_heads=kv_heads, vocab_size=vocab_size, max_position_embeddings=96,
+                       rms_norm_eps=1e-5)
 
 
 def random_weights(config: ModelConfig) -> dict[str, Tensor]:
     """Weights far from those of a fresh model, where attention is uniform and all norms are one."""
     generator = torch.Generator().manual_seed(3)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        return 0.2 * torch.randn(tensor.shape, generator=generator) + (tensor.dim() == 1)
+
     return {hf: piece for name, tensor in build_model(config, seed=1).state_dict().items()
-            for hf, piece in split_to_hf(name, 0.2 * torch.randn(tensor.shape, generator=generator) + (tensor.dim() == 1),
-                                         config).items()}
+            for hf, piece in split_to_hf(name, drawn(tensor), config).items()}
 
 
-def checkpoint_of(folder: Path, config: ModelConfig, record: dict[str, Any] | None = None, step: int = 40) -> Checkpoint:
+def checkpoint_of(folder: Path, config: ModelConfig, record: dict[str, Any] | None = None,
+                  step: int = 40) -> Checkpoint:
     store = CheckpointStore(folder)
-    store.save(step, {"weights": random_weights(config)}, record if record is not None else {"consumed_tokens": 1000})
+    store.save(step, {"weights": random_weights(config)},
+               record if record is not None else {"consumed_tokens": 1000})
     return store.open(step)
 
 
@@ -55,7 +61,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[6, 2], ids=["mha", "gqa"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Any:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
+             tokenizer: Path) -> Any:
     folder, config = tmp_path_factory.mktemp("exported"), config_of(request.param)
     checkpoint = checkpoint_of(folder / "checkpoints", config)
     result = export_model_folder(checkpoint, config, tokenizer, folder / "model", run_name="try")
@@ -69,7 +76,8 @@ def transformers_model(folder: Path) -> Any:
 
 
 def ids_of(config: ModelConfig, seed: int = 1) -> Tensor:
-    return torch.randint(config.vocab_size, (2, config.max_position_embeddings), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(config.vocab_size, (2, config.max_position_embeddings),
+                         generator=torch.Generator().manual_seed(seed))
 
 
 # --- transformers is the judge ---
@@ -100,7 +108,8 @@ def test_logits_and_gradients_are_transformers(exported: Any) -> None:
 def test_the_folder_holds_the_checkpoints_bits(exported: Any) -> None:
     stored = safetensors.torch.load_file(exported.folder / "model.safetensors")
     weights = exported.checkpoint.tensors("weights")
-    assert stored.keys() == weights.keys() and all(torch.equal(stored[name], weights[name]) for name in weights)
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -150,31 +159,37 @@ def test_files_and_provenance(exported: Any) -> None:
     for name, entry in provenance["files"].items():
         payload = (exported.folder / name).read_bytes()
         assert entry == {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
-    assert provenance["verification"]["verified"] == "yes" and provenance["verification"]["largest_logit_difference"] <= 1e-5
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in exported.folder.iterdir()), "others must be able to read it"
+    proof = provenance["verification"]
+    assert proof["verified"] == "yes" and proof["largest_logit_difference"] <= 1e-5
+    modes = {path.stat().st_mode & 0o044 for path in exported.folder.iterdir()}
+    assert modes == {0o044}, "others must be able to read it"
     everything = "".join(path.read_text() for path in exported.folder.glob("*.json"))
-    assert str(exported.folder.parent) not in everything, "a folder that travels must not tell of this machine"
+    assert str(exported.folder.parent) not in everything, "it must not tell of this machine"
 
 
 def test_several_files_with_an_index(tmp_path: Path, tokenizer: Path, exported: Any) -> None:
-    export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m", max_shard_bytes=50_000)
+    export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m",
+                        max_shard_bytes=50_000)
     names = sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
     assert len(names) > 5 and names[0] == f"model-00001-of-{len(names):05d}.safetensors"
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     assert sorted(set(index["weight_map"].values())) == names
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in exported.checkpoint.tensors("weights").values())
-    largest = max(tensor.nbytes for tensor in exported.checkpoint.tensors("weights").values())
+    sizes = [tensor.nbytes for tensor in exported.checkpoint.tensors("weights").values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    largest = max(sizes)
     assert all((tmp_path / "m" / name).stat().st_size <= max(50_000, largest) + 4096 for name in names)
     ids = ids_of(exported.config)
     with torch.no_grad():
-        assert torch.equal(load_model_folder(tmp_path / "m")[0](ids), load_model_folder(exported.folder)[0](ids))
+        assert torch.equal(load_model_folder(tmp_path / "m")[0](ids),
+                           load_model_folder(exported.folder)[0](ids))
 
 
 @pytest.mark.parametrize("bos", [True, False, None])
 def test_bos_follows_the_data(tmp_path: Path, tokenizer: Path, bos: bool | None) -> None:
     config = config_of(2)
     record = {} if bos is None else {"bos": bos}
-    export_model_folder(checkpoint_of(tmp_path / "c", config, record), config, tokenizer, tmp_path / "m", verify=False)
+    export_model_folder(checkpoint_of(tmp_path / "c", config, record), config, tokenizer, tmp_path / "m",
+                        verify=False)
     from transformers import AutoTokenizer
 
     begins = AutoTokenizer.from_pretrained(tmp_path / "m").encode("a")[0] == 1
@@ -186,7 +201,8 @@ def test_bos_follows_the_data(tmp_path: Path, tokenizer: Path, bos: bool | None)
 
 def test_an_output_is_not_overwritten_unasked(tmp_path: Path, tokenizer: Path, exported: Any) -> None:
     def export(**options: Any) -> None:
-        export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m", verify=False, **options)
+        export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m", verify=False,
+                            **options)
 
     (tmp_path / "m").mkdir()
     export()
@@ -196,7 +212,8 @@ def test_an_output_is_not_overwritten_unasked(tmp_path: Path, tokenizer: Path, e
     export(overwrite=True)
     assert {path.name for path in (tmp_path / "m").iterdir()} == FILES and os.listdir(tmp_path) == ["m"]
     (tmp_path / "m" / "config.json").unlink()
-    with pytest.raises(ConfigError, match="m: is not empty and no model folder .* only a model folder is overwritten"):
+    with pytest.raises(ConfigError, match="m: is not empty and no model folder .* only a model folder is "
+                                          "overwritten"):
         export(overwrite=True)
     shutil.rmtree(tmp_path / "m")
     (tmp_path / "m").write_text("")
@@ -208,7 +225,8 @@ def test_an_output_is_not_overwritten_unasked(tmp_path: Path, tokenizer: Path, e
 
 def test_weights_of_another_config(tmp_path: Path, tokenizer: Path, exported: Any) -> None:
     other = exported.config.model_copy(update={"intermediate_size": 96, "num_hidden_layers": 4})
-    with pytest.raises(CheckpointError, match=r"layers.0.mlp.down_proj.weight: has shape \(48, 80\); .* ask for \(48, 96\)") as caught:
+    with pytest.raises(CheckpointError,
+                       match=r"mlp.down_proj.weight: has shape \(48, 80\); .* ask for \(48, 96\)") as caught:
         export_model_folder(exported.checkpoint, other, tokenizer, tmp_path / "m")
     assert len(caught.value.faults) == 3 * 3 + 9
 
@@ -216,7 +234,8 @@ def test_weights_of_another_config(tmp_path: Path, tokenizer: Path, exported: An
 def test_a_tokenizer_that_does_not_fit(tmp_path: Path, tokenizer: Path) -> None:
     config = config_of(2, vocab_size=300)
     checkpoint = checkpoint_of(tmp_path / "c", config)
-    with pytest.raises(CheckpointError, match="tiny: has 350 pieces, the model 300 rows; every piece must have a row"):
+    with pytest.raises(CheckpointError, match="tiny: has 350 pieces, the model 300 rows; every piece must "
+                                              "have a row"):
         export_model_folder(checkpoint, config, tokenizer, tmp_path / "m")
     with pytest.raises(DataError, match="absent: does not exist"):
         export_model_folder(checkpoint, config, tmp_path / "absent", tmp_path / "m")
@@ -224,10 +243,13 @@ def test_a_tokenizer_that_does_not_fit(tmp_path: Path, tokenizer: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    (lambda folder: (folder / "tokenizer_config.json").unlink(), "tokenizer_config.json: is missing; a tokenizer folder has it"),
-    (lambda folder: (folder / "tokenizer_config.json").write_text('{"auto_map": {}}'), "'auto_map' names code to load"),
+    (lambda folder: (folder / "tokenizer_config.json").unlink(),
+     "tokenizer_config.json: is missing; a tokenizer folder has it"),
+    (lambda folder: (folder / "tokenizer_config.json").write_text('{"auto_map": {}}'),
+     "'auto_map' names code to load"),
 ])
-def test_a_tokenizer_folder_for_others(tmp_path: Path, tokenizer: Path, exported: Any, damage: Any, message: str) -> None:
+def test_a_tokenizer_folder_for_others(tmp_path: Path, tokenizer: Path, exported: Any, damage: Any,
+                                       message: str) -> None:
     shutil.copytree(tokenizer, tmp_path / "t")
     damage(tmp_path / "t")
     with pytest.raises(CheckpointError, match=message):
@@ -235,8 +257,10 @@ def test_a_tokenizer_folder_for_others(tmp_path: Path, tokenizer: Path, exported
     assert os.listdir(tmp_path) == ["t"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error")])
-def test_a_full_disk_leaves_nothing(tmp_path: Path, tokenizer: Path, exported: Any, monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   OSError(errno.EIO, "Input/output error")])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, tokenizer: Path, exported: Any,
+                                    monkeypatch: pytest.MonkeyPatch,
                                     error: OSError) -> None:
     def refuse(*arguments: Any) -> None:
         raise error
@@ -260,7 +284,8 @@ def test_an_export_that_is_another_model_is_refused(tmp_path: Path, tokenizer: P
     from megatron_ttl.checkpoint import names
 
     monkeypatch.setattr(names, "hf_names", wrong_names)
-    with pytest.raises(CheckpointError, match=r"transformers computes other logits, by up to \d.*must be at most 0.0001"):
+    with pytest.raises(CheckpointError,
+                       match=r"transformers computes other logits, by up to \d.*must be at most 0.0001"):
         export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m")
     assert os.listdir(tmp_path) == []
 
@@ -275,7 +300,8 @@ def test_nan_weights_are_never_exported_as_proven(tmp_path: Path, tokenizer: Pat
         export_model_folder(store.open(1), config, tokenizer, tmp_path / "m")
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise(tmp_path: Path, tokenizer: Path, exported: Any) -> None:
+def test_a_tokenizer_that_transformers_reads_otherwise(tmp_path: Path, tokenizer: Path,
+                                                       exported: Any) -> None:
     shutil.copytree(tokenizer, tmp_path / "t")
     settings = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({**settings, "add_prefix_space": True}))
@@ -283,11 +309,13 @@ def test_a_tokenizer_that_transformers_reads_otherwise(tmp_path: Path, tokenizer
         export_model_folder(exported.checkpoint, exported.config, tmp_path / "t", tmp_path / "m")
 
 
-def test_without_transformers_it_says_so(tmp_path: Path, tokenizer: Path, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_it_says_so(tmp_path: Path, tokenizer: Path, exported: Any,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     result = export_model_folder(exported.checkpoint, exported.config, tokenizer, tmp_path / "m")
     assert result["verified"].startswith("no: transformers cannot be imported")
-    assert json.loads((tmp_path / "m" / "megatron_ttl.json").read_text())["verification"]["verified"].startswith("no: ")
+    provenance = json.loads((tmp_path / "m" / "megatron_ttl.json").read_text())
+    assert provenance["verification"]["verified"].startswith("no: ")
 
 
 # --- model folders of others ---
@@ -309,7 +337,8 @@ def change_weights(folder: Path, **changes: Tensor | None) -> None:
 
 
 def test_all_faults_of_weights_at_once(foreign: Path) -> None:
-    change_weights(foreign, lm_head__weight=None, extra__weight=torch.ones(1), model__norm__weight=torch.ones(47),
+    change_weights(foreign, lm_head__weight=None, extra__weight=torch.ones(1),
+                   model__norm__weight=torch.ones(47),
                    model__layers__0__input_layernorm__weight=torch.ones(48, dtype=torch.int64),
                    model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
     with pytest.raises(CheckpointError) as caught:
@@ -324,31 +353,40 @@ def test_all_faults_of_weights_at_once(foreign: Path) -> None:
 
 def test_pickled_weights_are_not_opened(foreign: Path) -> None:
     (foreign / "model.safetensors").rename(foreign / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="has no model.safetensors; pytorch_model.bin is not read, for opening such a file can "
-                                              "run code; weights must be safetensors"):
+    with pytest.raises(CheckpointError, match="has no model.safetensors; pytorch_model.bin is not read, for "
+                                              "opening such a file can run code; weights must be "
+                                              "safetensors"):
         load_model_folder(foreign)
     (foreign / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match="has no model.safetensors; weights must be safetensors"):
         load_model_folder(foreign)
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/x.safetensors", "a/b.safetensors", "model.bin", "", 5, None, ".safetensors"])
+@pytest.mark.parametrize("name",
+                         ["../model.safetensors", "/x.safetensors", "a/b.safetensors", "model.bin", "", 5,
+                          None, ".safetensors"])
 def test_an_index_cannot_leave_the_folder(foreign: Path, name: Any) -> None:
     (foreign / "model.safetensors").rename(foreign.parent / "model.safetensors")
-    (foreign / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    with pytest.raises(CheckpointError, match="index.json: file .*; it must be a safetensors file of this folder"):
+    index = json.dumps({"weight_map": {"lm_head.weight": name}})
+    (foreign / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match="index.json: file .*; it must be a safetensors file of this "
+                                              "folder"):
         load_model_folder(foreign)
 
 
-@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[", '{"weight_map": {"a": "absent.safetensors"}}'])
+@pytest.mark.parametrize("index",
+                         ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[",
+                          '{"weight_map": {"a": "absent.safetensors"}}'])
 def test_an_index_without_files(foreign: Path, index: str) -> None:
     (foreign / "model.safetensors").unlink()
     (foreign / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match="index.json|is missing|absent.safetensors: is no readable safetensors file"):
+    with pytest.raises(CheckpointError, match="index.json|is missing|absent.safetensors: is no readable "
+                                              "safetensors file"):
         load_model_folder(foreign)
 
 
-@pytest.mark.parametrize("payload", [b"", b"x", b"\xff" * 100, (2**63).to_bytes(8, "little") + b"{}", b"\x80\x04K\x01."])
+@pytest.mark.parametrize("payload",
+                         [b"", b"x", b"\xff" * 100, (2**63).to_bytes(8, "little") + b"{}", b"\x80\x04K\x01."])
 def test_damaged_weights(foreign: Path, payload: bytes) -> None:
     (foreign / "model.safetensors").write_bytes(payload)
     with pytest.raises(CheckpointError, match="model.safetensors: is no readable safetensors file"):
@@ -364,10 +402,12 @@ def test_cut_weights(foreign: Path) -> None:
 def test_a_huge_config_asks_for_no_memory(foreign: Path) -> None:
     config = json.loads((foreign / "config.json").read_text())
     (foreign / "config.json").write_text(json.dumps({**config, "vocab_size": 2**31 - 1}))
-    with pytest.raises(CheckpointError, match=r"lm_head.weight: has shape \(352, 48\); the config asks for \(2147483647, 48\)"):
+    with pytest.raises(CheckpointError,
+                       match=r"lm_head.weight: has shape \(352, 48\); .* asks for \(2147483647, 48\)"):
         load_model_folder(foreign)
     (foreign / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2**31 - 1}))
-    with pytest.raises(CheckpointError, match="num_hidden_layers: 2147483647; it must be a whole number from 1 to 10000"):
+    with pytest.raises(CheckpointError, match="num_hidden_layers: 2147483647; it must be a whole number from "
+                                              "1 to 10000"):
         load_model_folder(foreign)
 
 
@@ -390,15 +430,16 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Pat
 
 
 def convert(repository: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "tools/convert_to_hf.py", *map(str, arguments)], cwd=repository, text=True,
-                          capture_output=True)
+    return subprocess.run([sys.executable, "tools/convert_to_hf.py", *map(str, arguments)], cwd=repository,
+                          text=True, capture_output=True)
 
 
 def test_the_command(repository: Path, run_folder: Path, tmp_path: Path) -> None:
     done = convert(repository, "--run", run_folder, "--output", tmp_path / "m", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["step"], result["dtype"], result["verified"], result["warnings"]) == (40, "float32", "yes", [])
+    assert (result["step"], result["dtype"], result["verified"]) == (40, "float32", "yes")
+    assert result["warnings"] == []
     assert load_model_folder(tmp_path / "m")[1] == config_of(2)
     done = convert(repository, "--run", run_folder, "--output", tmp_path / "m", "--no-verify", "--step", "30")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
@@ -416,8 +457,10 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(run_folder: Path, tmp_path: P
     (lambda run: shutil.rmtree(run / "checkpoints"), "run: has no checkpoint yet"),
     (lambda run: (run / "settings.json").unlink(), "run: is no run folder .it has no settings.json."),
     (lambda run: (run / "settings.json").write_text("{}"), "settings.json: run.model cannot be read"),
-    (lambda run: (run / "settings.json").write_text('{"run": {"model": {"hidden_size": "a"}}}'), "settings.json: run.model cannot"),
-    (lambda run: (run / "settings.json").write_text('{"run": []}'), "settings.json: run.model cannot be read"),
+    (lambda run: (run / "settings.json").write_text('{"run": {"model": {"hidden_size": "a"}}}'),
+     "settings.json: run.model cannot be read"),
+    (lambda run: (run / "settings.json").write_text('{"run": []}'),
+     "settings.json: run.model cannot be read"),
 ])
 def test_broken_run_folders(run_folder: Path, tmp_path: Path, damage: Any, message: str) -> None:
     run = Path(shutil.copytree(run_folder, tmp_path / "run"))

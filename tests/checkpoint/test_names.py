@@ -10,7 +10,8 @@ from megatron_ttl.model.llama import build_model
 
 
 def config_of(heads: int, groups: int, layers: int = 3) -> ModelConfig:
-    return ModelConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=heads,
+    return ModelConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=layers,
+                       num_attention_heads=heads,
                        num_key_value_heads=groups, vocab_size=40, max_position_embeddings=64)
 
 
@@ -27,10 +28,12 @@ def test_packed_names_are_the_models(config: ModelConfig) -> None:
 def test_hf_names_and_shapes_are_transformers(config: ModelConfig) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads",
               "vocab_size")
     with torch.device("meta"):
-        theirs = LlamaForCausalLM(LlamaConfig(**{field: getattr(config, field) for field in fields})).state_dict()
+        theirs = LlamaForCausalLM(LlamaConfig(**{field: getattr(config,
+                                                                field) for field in fields})).state_dict()
     shapes = hf_shapes(config)
     assert shapes == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == count_parameters(config)
@@ -58,7 +61,8 @@ def test_rows_of_packed_weights() -> None:
     qkv = torch.arange(80.0)[:, None].expand(80, 48)
     pieces = split_to_hf("2.self_attn.qkv_proj.weight", qkv, config)
     first_rows = {name: (part[0, 0].item(), len(part)) for name, part in pieces.items()}
-    assert first_rows == {"model.layers.1.self_attn.q_proj.weight": (0, 48), "model.layers.1.self_attn.k_proj.weight": (48, 16),
+    assert first_rows == {"model.layers.1.self_attn.q_proj.weight": (0, 48),
+                          "model.layers.1.self_attn.k_proj.weight": (48, 16),
                           "model.layers.1.self_attn.v_proj.weight": (64, 16)}
 
 

@@ -27,7 +27,8 @@ FUTURE = 10**9  # no process has such a number
 def state(step: int) -> dict[str, dict[str, Tensor]]:
     """A small training state, another one for every step."""
     generator = torch.Generator().manual_seed(step)
-    weights = {"model.a.weight": torch.randn(7, 5, generator=generator), "model.b.weight": torch.randn(3, generator=generator)}
+    weights = {"model.a.weight": torch.randn(7, 5, generator=generator),
+               "model.b.weight": torch.randn(3, generator=generator)}
     return {"weights": weights, "exp_avg": {name: tensor * 0.1 for name, tensor in weights.items()},
             "rng": {"torch": generator.get_state()}}
 
@@ -60,15 +61,18 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 def test_round_trip_is_exact_for_every_dtype(store: CheckpointStore) -> None:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    group = {"bf16": bits.view(torch.bfloat16), "fp16": bits.view(torch.float16), "int64": torch.tensor([2**63 - 1, -(2**63)]),
-             "fp32": torch.tensor([float("nan"), -0.0, float("inf"), 1e-45, 1.1]), "scalar": torch.tensor(3.5),
-             "uint8": torch.arange(256, dtype=torch.uint8).reshape(16, 16), "empty": torch.zeros(0, 3), "bool": torch.tensor([True])}
+    group = {"bf16": bits.view(torch.bfloat16), "fp16": bits.view(torch.float16),
+             "int64": torch.tensor([2**63 - 1, -(2**63)]),
+             "fp32": torch.tensor([float("nan"), -0.0, float("inf"), 1e-45, 1.1]),
+             "scalar": torch.tensor(3.5),
+             "uint8": torch.arange(256, dtype=torch.uint8).reshape(16, 16), "empty": torch.zeros(0, 3),
+             "bool": torch.tensor([True])}
     store.save(1, {"weights": group, "empty_group": {}}, {})
     checkpoint = store.open(1)
     loaded = checkpoint.tensors("weights")
     for name, tensor in group.items():
         assert loaded[name].shape == tensor.shape and loaded[name].dtype == tensor.dtype
-        assert loaded[name].reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist()
+        assert torch.equal(loaded[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
     assert checkpoint.tensors("empty_group") == {} and checkpoint.groups == ["weights", "empty_group"]
     assert checkpoint.record == {}
 
@@ -100,7 +104,8 @@ def test_no_folder_is_none_and_reading_writes_nothing(store: CheckpointStore) ->
 
 def test_what_is_no_step_folder_is_not_looked_at(store: CheckpointStore) -> None:
     save(store, 10)
-    for name in (f"step-00000020.tmp-{os.getpid()}", "step-20", "step-000000020", "step-00000030 (copy)", "latest"):
+    for name in (f"step-00000020.tmp-{os.getpid()}", "step-20", "step-000000020", "step-00000030 (copy)",
+                 "latest"):
         shutil.copytree(store.directory / "step-00000010", store.directory / name)
     assert store.steps() == [10]
     assert_holds(store.latest_valid(), 10)
@@ -109,7 +114,8 @@ def test_what_is_no_step_folder_is_not_looked_at(store: CheckpointStore) -> None
 
 def test_unknown_step_and_group_say_what_there_is(store: CheckpointStore) -> None:
     save(store, 10, 20)
-    with pytest.raises(CheckpointError, match=r"step-00000015: does not exist; step must be one of those kept \(10, 20\)"):
+    with pytest.raises(CheckpointError,
+                       match=r"step-00000015: does not exist; step must be one of those kept \(10, 20\)"):
         store.open(15)
     with pytest.raises(CheckpointError, match="has no group 'moments'; it has weights, exp_avg, rng"):
         store.open(10).tensors("moments")
@@ -136,26 +142,33 @@ def cut(position: float) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(path.read_bytes()[: int(position * path.stat().st_size)])
 
 
+def twin(path: Path) -> Path:
+    """Return the same file of step 10."""
+    return path.parent.with_name("step-00000010") / path.name
+
+
 def replace_by(path: Path, make: Callable[[Path], None]) -> None:
     path.unlink()
     make(path)
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
-    "missing": lambda path: path.unlink(), "empty": cut(0), "cut at 1 %": cut(0.01), "half": cut(0.5), "cut at 99 %": cut(0.99),
+    "missing": lambda path: path.unlink(), "empty": cut(0), "cut at 1 %": cut(0.01), "half": cut(0.5),
+    "cut at 99 %": cut(0.99),
     "a byte more": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
     "first byte": flip(0), "last byte": flip(1, 5), "middle": flip(0.5), "sign bit": flip(0.7, 7),
     "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-    "of another step": lambda path: path.write_bytes((path.parent.with_name("step-00000010") / path.name).read_bytes()),
+    "of another step": lambda path: path.write_bytes(twin(path).read_bytes()),
     "a folder": lambda path: replace_by(path, Path.mkdir),
-    "a symbolic link": lambda path: replace_by(path, lambda p: p.symlink_to(p.parent.with_name("step-00000010") / p.name)),
+    "a symbolic link": lambda path: replace_by(path, lambda path: path.symlink_to(twin(path))),
     "a FIFO": lambda path: replace_by(path, os.mkfifo),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named_and_the_former_checkpoint_used(store: CheckpointStore, name: str, damage: str) -> None:
+def test_damage_is_named_and_the_former_checkpoint_used(store: CheckpointStore, name: str,
+                                                        damage: str) -> None:
     save(store, 10, 20)
     DAMAGE[damage](store.directory / "step-00000020" / name)
     with pytest.raises(CheckpointError, match=f"step-00000020/{name}: .*; .*; "):
@@ -173,7 +186,8 @@ def test_every_bit_of_a_small_checkpoint_counts(store: CheckpointStore) -> None:
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
         for position in range(len(whole)):
-            path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+            flipped = bytes([whole[position] ^ 1 << position % 8])
+            path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
             with pytest.raises(CheckpointError, match=path.name):
                 store.open(3)
         path.write_bytes(whole)
@@ -206,7 +220,8 @@ def test_a_step_folder_that_is_a_file_or_a_link(store: CheckpointStore, tmp_path
 def test_renamed_folder_is_another_steps(store: CheckpointStore) -> None:
     save(store, 10)
     (store.directory / "step-00000010").rename(store.directory / "step-00000011")
-    with pytest.raises(CheckpointError, match="manifest.json: is of step 10; the folder's name must say the same"):
+    with pytest.raises(CheckpointError, match="manifest.json: is of step 10; the folder's name must say the "
+                                              "same"):
         store.open(11)
 
 
@@ -218,7 +233,8 @@ def forge(folder: Path, change: Callable[[dict], None]) -> None:
     change(content)
     del content["checksum"]
     body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    sealed = json.dumps({"checksum": checksum_bytes(body), **content}, ensure_ascii=False, separators=(",", ":"))
+    sealed = json.dumps({"checksum": checksum_bytes(body), **content}, ensure_ascii=False,
+                        separators=(",", ":"))
     (folder / "manifest.json").write_text(sealed + "\n", encoding="utf-8")
 
 
@@ -228,7 +244,9 @@ def test_forging_without_a_change_is_accepted(store: CheckpointStore) -> None:
     assert_holds(store.open(10), 10)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../x", "..", ".", "", "x\0y", "a" * 5000, "Weights",
+@pytest.mark.parametrize("name",
+                         ["../secret", "/etc/passwd", "a/../../x", "..", ".", "", "x\0y", "a" * 5000,
+                          "Weights",
                                   "weights.", "weights/", "wéights", "-x", "weights\n"])
 def test_names_cannot_leave_the_folder(store: CheckpointStore, name: str) -> None:
     save(store, 10)
@@ -258,7 +276,8 @@ def test_names_cannot_leave_the_folder(store: CheckpointStore, name: str) -> Non
     (lambda c: c["files"]["record.json"].update(bytes=2**70), "record.json: has .* the manifest says"),
     (lambda c: c["files"].pop("rng.safetensors"), "file 'rng.safetensors'"),
     (lambda c: c["files"]["record.json"].update(checksum="md5:1"), "checksum: String should match pattern"),
-    (lambda c: c["groups"]["weights"]["model.b.weight"].update(shape=[4]), r"weights.safetensors: holds other tensors .*model.b"),
+    (lambda c: c["groups"]["weights"]["model.b.weight"].update(shape=[4]),
+     r"weights.safetensors: holds other tensors .*model.b"),
     (lambda c: c["groups"]["weights"]["model.b.weight"].update(dtype="I32"), "holds other tensors"),
     (lambda c: c["groups"]["weights"].pop("model.b.weight"), "holds other tensors"),
 ])
@@ -269,7 +288,9 @@ def test_manifests_that_lie(store: CheckpointStore, change: Callable[[dict], Non
         store.open(10)
 
 
-@pytest.mark.parametrize("payload", [b"[" * 100_000, b'{"a":' * 100_000, b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"NaN",
+@pytest.mark.parametrize("payload",
+                         [b"[" * 100_000, b'{"a":' * 100_000, b"{", b"[]", b"null", b'"x"', b"\xff\xfe",
+                          b"NaN",
                                      b'{"format": NaN}', b'{"a":1,"a":2}', b"{}" + b" " * (5 << 20),
                                      b'{"step":' + b"9" * 10_000 + b"}"])
 def test_bombs_in_the_manifest(store: CheckpointStore, payload: bytes) -> None:
@@ -285,7 +306,8 @@ def test_header_bombs_in_a_sealed_tensor_file(store: CheckpointStore, header_byt
     payload = header_bytes.to_bytes(8, "little") + b"{}" * 100
     (store.directory / "step-00000010" / "rng.safetensors").write_bytes(payload)
     forge(store.directory / "step-00000010",
-          lambda c: c["files"].update({"rng.safetensors": {"bytes": len(payload), "checksum": checksum_bytes(payload)}}))
+          lambda c: c["files"].update({"rng.safetensors": {"bytes": len(payload),
+                                                           "checksum": checksum_bytes(payload)}}))
     with pytest.raises(CheckpointError, match="rng.safetensors: is no safetensors file"):
         store.open(10)
 
@@ -297,7 +319,8 @@ def test_saving_a_step_again_keeps_a_valid_one_and_replaces_a_damaged_one(store:
     save(store, 10, 20)
     before = (store.directory / "step-00000020" / "manifest.json").stat().st_ino
     saved = store.save(20, state(99), {})
-    assert not saved.written and store.warnings == ["step 20: a valid checkpoint is there already; it stays as it is"]
+    assert not saved.written and store.warnings == ["step 20: a valid checkpoint is there already; it stays "
+                                                    "as it is"]
     assert (store.directory / "step-00000020" / "manifest.json").stat().st_ino == before
     flip(0.8)(store.directory / "step-00000020" / "weights.safetensors")
     assert store.save(20, state(20), {"consumed_samples": 160}).written
@@ -306,7 +329,8 @@ def test_saving_a_step_again_keeps_a_valid_one_and_replaces_a_damaged_one(store:
 
 
 @pytest.mark.parametrize(("keep_last", "keep_every", "left"), [
-    (1, None, [70]), (2, None, [60, 70]), (9, None, [10, 20, 30, 40, 50, 60, 70]), (1, 30, [30, 60, 70]), (2, 20, [20, 40, 60, 70])])
+    (1, None, [70]), (2, None, [60, 70]), (9, None, [10, 20, 30, 40, 50, 60, 70]), (1, 30, [30, 60, 70]),
+    (2, 20, [20, 40, 60, 70])])
 def test_retention(tmp_path: Path, keep_last: int, keep_every: int | None, left: list[int]) -> None:
     store = CheckpointStore(tmp_path, keep_last, keep_every)
     save(store, 10, 20, 30, 40, 50, 60, 70)
@@ -339,27 +363,33 @@ def test_trouble_with_deleting_is_a_warning(tmp_path: Path, monkeypatch: pytest.
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
     monkeypatch.setattr(store_module, "_delete", refuse)
     save(store, 20)
-    assert len(store.warnings) == 1 and "step-00000010: could not be deleted (Permission denied)" in store.warnings[0]
+    assert len(store.warnings) == 1
+    assert "step-00000010: could not be deleted (Permission denied)" in store.warnings[0]
     assert_holds(store.latest_valid(), 20)
 
 
 def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(store: CheckpointStore) -> None:
     save(store, 10)
     alive = os.getppid()
-    for name in (f"step-00000020.tmp-{FUTURE}", f"step-00000020.tmp-{os.getpid()}", f"step-00000020.old-{FUTURE}",
+    for name in (f"step-00000020.tmp-{FUTURE}", f"step-00000020.tmp-{os.getpid()}",
+                 f"step-00000020.old-{FUTURE}",
                  f"step-00000020.tmp-{alive}", "notes.tmp-1"):
         shutil.copytree(store.directory / "step-00000010", store.directory / name)
     save(store, 20)
-    assert names(store) == sorted(["notes.tmp-1", "step-00000010", "step-00000020", f"step-00000020.tmp-{alive}"])
+    assert names(store) == sorted(["notes.tmp-1", "step-00000010", "step-00000020",
+                                   f"step-00000020.tmp-{alive}"])
 
 
 # --- the record ---
 
 
-@pytest.mark.parametrize("record", [{"loss": float("nan")}, {"loss": [float("inf")]}, {"x": {1, 2}}, {"x": torch.ones(1)},
+@pytest.mark.parametrize("record",
+                         [{"loss": float("nan")}, {"loss": [float("inf")]}, {"x": {1, 2}},
+                          {"x": torch.ones(1)},
                                     {"x": "\ud800"}, {"x": "a" * (5 << 20)}])
 def test_a_record_that_is_not_json_is_refused(store: CheckpointStore, record: dict) -> None:
-    with pytest.raises(CheckpointError, match="record.json: cannot be written .* must be plain and small JSON without NaN"):
+    with pytest.raises(CheckpointError, match="record.json: cannot be written .* must be plain and small "
+                                              "JSON without NaN"):
         store.save(1, state(1), record)
     assert not store.directory.exists()
 
@@ -371,7 +401,8 @@ def test_the_need_is_known_before_and_exact(store: CheckpointStore, monkeypatch:
     saved = store.save(10, state(10), {"x": 1})
     assert saved.bytes == sum(path.stat().st_size for path in saved.directory.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=saved.bytes - 1))
-    with pytest.raises(DiskError, match=r"the checkpoint of step 20 needs 2?\d\.\d KiB, \d+\.\d KiB are free") as caught:
+    with pytest.raises(DiskError,
+                       match=r"the checkpoint of step 20 needs 2?\d\.\d KiB, \d+\.\d KiB are free") as caught:
         store.save(20, state(20), {"x": 1})
     assert caught.value.exit_code == ExitCode.DISK and names(store) == ["step-00000010"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=saved.bytes))
@@ -381,7 +412,8 @@ def test_the_need_is_known_before_and_exact(store: CheckpointStore, monkeypatch:
 class Count:
     """Fail at the n-th call of a set of functions."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, targets: list[tuple[object, str]], at: int, error: BaseException) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, targets: list[tuple[object, str]], at: int,
+                 error: BaseException) -> None:
         self.calls = 0
         for owner, name in targets:
             monkeypatch.setattr(owner, name, self._wrap(getattr(owner, name), at, error))
@@ -396,7 +428,8 @@ class Count:
 
 
 def disk_calls() -> Iterator[tuple[list[tuple[object, str]], int]]:
-    operations = [([(os, "fsync")], 7), ([(os, "rename")], 1), ([(builtins, "open")], 5), ([(Path, "mkdir")], 1),
+    operations = [([(os, "fsync")], 7), ([(os, "rename")], 1), ([(builtins, "open")], 5),
+                  ([(Path, "mkdir")], 1),
                   ([(store_module, "write_tensors")], 3)]
     for targets, count in operations:
         for at in range(1, count + 1):
@@ -404,8 +437,10 @@ def disk_calls() -> Iterator[tuple[list[tuple[object, str]], int]]:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
-@pytest.mark.parametrize(("targets", "at"), list(disk_calls()), ids=lambda value: str(value) if isinstance(value, int) else value[0][1])
-def test_a_failing_disk_costs_nothing_but_the_save(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, number: int,
+@pytest.mark.parametrize(("targets", "at"), list(disk_calls()),
+                         ids=lambda value: str(value) if isinstance(value, int) else value[0][1])
+def test_a_failing_disk_costs_nothing_but_the_save(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch,
+                                                   number: int,
                                                    targets: list[tuple[object, str]], at: int) -> None:
     save(store, 10)
     with monkeypatch.context() as patch:
@@ -442,7 +477,8 @@ class Interrupt(BaseException):
 
 
 @pytest.mark.parametrize("at", range(1, 8))
-def test_an_interrupt_leaves_no_temporary_folder(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+def test_an_interrupt_leaves_no_temporary_folder(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch,
+                                                 at: int) -> None:
     save(store, 10)
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
         Count(patch, [(os, "fsync")], at, Interrupt())
@@ -455,7 +491,7 @@ def test_an_interrupt_leaves_no_temporary_folder(store: CheckpointStore, monkeyp
 
 
 def dies_at(n: int, action: Callable[[], None], folder: Path) -> bool:
-    """Run `action` in a child that is gone, without any cleaning up, before its n-th change of `folder`; False: it ended."""
+    """Run `action` in a child that vanishes before its n-th change of `folder`; False: it lived on."""
     child = os.fork()
     if child == 0:
         count = 0
@@ -468,7 +504,9 @@ def dies_at(n: int, action: Callable[[], None], folder: Path) -> bool:
 
         def watch(event: str, arguments: tuple) -> None:
             changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
-            if changes or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) and str(folder) in str(arguments[0])):
+            if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                changes = str(folder) in str(arguments[0])
+            if changes:
                 tick()
 
         fsync = os.fsync
@@ -485,7 +523,7 @@ def dies_at(n: int, action: Callable[[], None], folder: Path) -> bool:
 
 
 def test_a_kill_at_any_moment_costs_at_most_the_save(tmp_path: Path) -> None:
-    """Two saves with deletions and a damaged folder in the way, killed before every single change of the disk."""
+    """Two saves with deletions and a damaged folder in the way, killed before every change of the disk."""
     n = 0
     alive = True
     while alive:

@@ -13,15 +13,18 @@ from hypothesis import strategies as st
 from megatron_ttl.checkpoint.tensor_file import encoded_bytes, write_tensors
 from megatron_ttl.files import checksum
 
-DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
+          torch.bfloat16,
           torch.float32, torch.float64]
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.dictionaries(st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
-                       st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), max_size=6),
+                       st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)),
+                       max_size=6),
        st.sampled_from([None, {"format": "pt"}]))
-def test_bytes_are_the_librarys(tmp_path_factory: pytest.TempPathFactory, plan: dict, metadata: dict | None) -> None:
+def test_bytes_are_the_librarys(tmp_path_factory: pytest.TempPathFactory, plan: dict,
+                                metadata: dict | None) -> None:
     tensors = {name: torch.randint(0, 2, shape).to(dtype) for name, (dtype, shape) in plan.items()}
     path = tmp_path_factory.mktemp("file") / "x.safetensors"
     digest = write_tensors(path, tensors, metadata)
