@@ -10,7 +10,7 @@ VENV     := .venv
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
 
-.PHONY: install demo test test-long clean-demo
+.PHONY: install demo test
 
 install: $(STAMP)
 

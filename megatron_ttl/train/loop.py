@@ -102,6 +102,7 @@ class Interval:
 
     loss: torch.Tensor | float = 0.0
     grad_norm: torch.Tensor | float = 0.0
+    norms: torch.Tensor | float = 0.0
     steps: int = 0
     wait_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
@@ -111,6 +112,7 @@ class Interval:
         """Count one step."""
         self.loss = self.loss + result.loss
         self.grad_norm = result.grad_norm
+        self.norms = self.norms + result.grad_norm
         self.steps += 1
         self.wait_s += wait_s
 
@@ -125,13 +127,15 @@ class Interval:
         """Read the mean loss so far, which waits for the device.
 
         Raises:
-            DivergedError: it is not finite; nothing of this state may be kept.
+            DivergedError: it, or a gradient since the last line, is not finite. DeepSpeed skips such an update and
+                goes on; nothing of this state may be kept.
         """
         loss = float(self.loss) / self.steps
-        if not math.isfinite(loss):
-            kept = session.folder.store.steps()
-            raise DivergedError(f"step {session.state.step}: the loss is {loss}; it must be a number; go on from step "
-                                f"{max(kept) if kept else 0} with a lower optimizer.lr or train.gradient_clipping > 0")
+        for name, value in (("loss", loss), ("gradient norm", float(self.norms))):
+            if not math.isfinite(value):
+                kept = session.folder.store.steps()
+                raise DivergedError(f"step {session.state.step}: the {name} is {value}; it must be a number; go on from "
+                                    f"step {max(kept, default=0)} with a lower optimizer.lr or train.gradient_clipping")
         return loss
 
     def row(self, session: Session, lr: float) -> dict[str, Any]:
