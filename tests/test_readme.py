@@ -121,3 +121,18 @@ def test_make_knows_its_targets(repository):
     """`make -n` of the three documented targets."""
     for target in ("install", "test", "demo"):
         subprocess.run(["make", "-n", target], cwd=repository, check=True, capture_output=True)
+
+
+def test_a_day_works(repository, folder):
+    """examples/README.md names every numbered script, and all of them run in order."""
+    scripts = sorted((repository / "examples").glob("[0-9][0-9]_*.sh"))
+    listed = re.findall(r"bash (examples/\d\d_\w+\.sh)", (repository / "examples/README.md").read_text(encoding="utf-8"))
+    assert listed == [f"examples/{script.name}" for script in scripts]
+    day = folder.parent / "day"
+    shutil.copytree(repository / "examples", day / "examples")
+    for name in ("pretrain_ttl.py", "tools", "configs"):
+        (day / name).symlink_to(repository / name)
+    done = [run(f"bash {script}", day) for script in listed]
+    assert "left with" in done[4].stdout
+    rows = [json.loads(line) for line in (day / "runs/day/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "train"][-1] == 200
