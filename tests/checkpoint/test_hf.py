@@ -374,6 +374,15 @@ def test_an_index_cannot_leave_the_folder(foreign: Path, name: Any) -> None:
         load_model_folder(foreign)
 
 
+def test_a_tensor_in_two_files(foreign: Path) -> None:
+    (foreign / "model.safetensors").rename(foreign / "a.safetensors")
+    safetensors.torch.save_file({"lm_head.weight": torch.ones(352, 48)}, foreign / "b.safetensors")
+    index = json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}})
+    (foreign / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match="lm_head.weight: stands in two files; it must stand in one"):
+        load_model_folder(foreign)
+
+
 @pytest.mark.parametrize("index",
                          ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[",
                           '{"weight_map": {"a": "absent.safetensors"}}'])

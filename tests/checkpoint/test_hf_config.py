@@ -36,6 +36,16 @@ def test_what_we_write_we_read(tmp_path: Path) -> None:
     assert read(tmp_path, ours()) == CONFIG
 
 
+def test_both_generations_of_transformers_find_their_words() -> None:
+ """Version 4 reads rope_theta and torch_dtype, version 5 rope_parameters and dtype."""
+    content = ours()
+    assert content["rope_theta"] == content["rope_parameters"]["rope_theta"] == 50_000.0
+    assert content["rope_scaling"] is None and content["rope_parameters"]["rope_type"] == "default"
+    assert content["dtype"] == content["torch_dtype"] == "bfloat16"
+    assert content["architectures"] == ["LlamaForCausalLM"] and content["model_type"] == "llama"
+    assert content["head_dim"] == 8 and content["attention_bias"] is content["mlp_bias"] is False
+
+
 def test_transformers_reads_every_field_and_writes_what_we_read(tmp_path: Path) -> None:
     from transformers import AutoConfig
 

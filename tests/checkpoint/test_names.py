@@ -66,6 +66,12 @@ def test_rows_of_packed_weights() -> None:
                           "model.layers.1.self_attn.v_proj.weight": (64, 16)}
 
 
+def test_gate_comes_before_up() -> None:
+    pieces = split_to_hf("1.mlp.gate_up_proj.weight", torch.arange(160.0)[:, None].expand(160, 48), CONFIGS[0])
+    assert {name: part[0, 0].item() for name, part in pieces.items()} == {
+        "model.layers.0.mlp.gate_proj.weight": 0, "model.layers.0.mlp.up_proj.weight": 80}
+
+
 def test_a_missing_or_foreign_piece_is_our_mistake() -> None:
     config = CONFIGS[0]
     pieces = split_to_hf("1.mlp.gate_up_proj.weight", torch.zeros(160, 48), config)
