@@ -136,3 +136,23 @@ def show(value: Any) -> str:
         text = str(value)
     text = " ".join(text.split())
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+def resolved_rows(settings: Any) -> list[dict[str, str]]:
+    """Return key, value, origin, requirement and documentation of every setting, the run file's before the profile's."""
+    rows = []
+    for part in (settings.run, settings.profile):
+        for key, must_be, _, text in documentation(type(part)):
+            value: Any = part
+            for name in key.split("."):
+                value = getattr(value, name, None)
+            if "[]" not in key:
+                rows.append({"key": key, "value": show(_plain(value)), "origin": settings.origins.get(key, "default"),
+                             "must be": must_be, "documentation": text})
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
