@@ -169,6 +169,7 @@ class CheckpointStore:
             os.rename(temporary, target)
             fsync_directory(self.directory)
         except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)  # before the free bytes are counted
             raise self._disk_error(step, needed, error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -37,7 +37,7 @@ def test_what_we_write_we_read(tmp_path: Path) -> None:
 
 
 def test_both_generations_of_transformers_find_their_words() -> None:
- """Version 4 reads rope_theta and torch_dtype, version 5 rope_parameters and dtype."""
+    """Version 4 reads rope_theta and torch_dtype, version 5 rope_parameters and dtype."""
     content = ours()
     assert content["rope_theta"] == content["rope_parameters"]["rope_theta"] == 50_000.0
     assert content["rope_scaling"] is None and content["rope_parameters"]["rope_type"] == "default"

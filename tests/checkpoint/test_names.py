@@ -67,7 +67,8 @@ def test_rows_of_packed_weights() -> None:
 
 
 def test_gate_comes_before_up() -> None:
-    pieces = split_to_hf("1.mlp.gate_up_proj.weight", torch.arange(160.0)[:, None].expand(160, 48), CONFIGS[0])
+    gate_up = torch.arange(160.0)[:, None].expand(160, 48)
+    pieces = split_to_hf("1.mlp.gate_up_proj.weight", gate_up, CONFIGS[0])
     assert {name: part[0, 0].item() for name, part in pieces.items()} == {
         "model.layers.0.mlp.gate_proj.weight": 0, "model.layers.0.mlp.up_proj.weight": 80}
 
