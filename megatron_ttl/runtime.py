@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,6 +69,12 @@ def announce_ranks(ranks: Ranks) -> None:
     """Put the ranks into the environment in torchrun's words, where DeepSpeed looks for them."""
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank),
                       MASTER_ADDR=ranks.master_address or "127.0.0.1", MASTER_PORT=str(ranks.master_port or 29511))
+
+
+def describe_process() -> str:
+    """Return host, process and, under Slurm, job: whom to ask who holds a run folder."""
+    job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    return f"host {socket.gethostname()}, pid {os.getpid()}{job}"
 
 
 def seed_everything(seed: int) -> None:

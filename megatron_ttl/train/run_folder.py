@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +15,7 @@ from megatron_ttl.config.changes import forbidden_changes
 from megatron_ttl.config.load import Settings
 from megatron_ttl.errors import CheckpointError, ConfigError, raise_faults
 from megatron_ttl.files import write_json, write_text
+from megatron_ttl.runtime import describe_process
 
 
 class RunFolder:
@@ -54,8 +54,7 @@ class RunFolder:
                               "for it, stop it, or choose another run.dir") from None
         self._lock.seek(0)
         self._lock.truncate()
-        job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-        self._lock.write(f"host {socket.gethostname()}, pid {os.getpid()}{job}, since {time.strftime('%F %T')}\n")
+        self._lock.write(f"{describe_process()}, since {time.strftime('%F %T')}\n")
         self._lock.flush()
 
     def release(self) -> None:
