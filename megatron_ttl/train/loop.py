@@ -162,6 +162,8 @@ def save(session: Session) -> None:
     if session.mesh.is_first:
         try:
             session.folder.store.save(state.step, groups, record)
+            for warning in session.folder.store.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
         except DiskError as error:
             fault = error
     failed = session.mesh.any(fault is not None)

@@ -90,6 +90,7 @@ class Session:
         return {"step": self.state.step, "consumed_samples": self.state.consumed_samples,
                 "consumed_tokens": self.state.consumed_tokens, "epochs": self.epochs(),
                 "lr": self.schedule.at(self.state.step), "energy": energy, "order": self.dataset.record(),
+                "bos": self.dataset.datasets[0].manifest.bos,
                 "wandb_run_id": self.metrics.wandb_run_id, "run": self.run.model_dump(mode="json"),
                 "versions": environment_report()}
 

@@ -75,6 +75,7 @@ def test_stopping_at_any_step_changes_nothing(data, tmp_path, profile):
         assert same_tensors(tmp_path / "whole", tmp_path / f"k{k}", steps), k
         record = json.loads((tmp_path / f"k{k}/checkpoints/step-{k:08d}/record.json").read_text())
         assert (record["step"], record["consumed_samples"], record["consumed_tokens"]) == (k, 8 * k, 256 * k)
+        assert record["bos"] is True, "an export must greet the model as its data did"
 
 
 def micro_batches(mesh, folder, deepspeed, run):
