@@ -12,8 +12,8 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -24,8 +24,8 @@ from megatron_ttl.data.documents import Chunk, bad_lines_fault, input_faults
 from megatron_ttl.data.encode import EncodeSettings, Outcome, encode_files
 from megatron_ttl.data.indexed_dataset import IndexedDatasetWriter, token_dtype
 from megatron_ttl.data.manifest import Description, HeldOutRecord, SourceRecord, TokenizerRecord, dataset_paths
-from megatron_ttl.errors import ConfigError, DataError, raise_faults
-from megatron_ttl.files import atomic_directory, fsync_directory, require_free_space
+from megatron_ttl.errors import DataError, DiskError, raise_faults
+from megatron_ttl.files import atomic_directory, checksum, fsync_directory, require_free_space
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
 Role = Literal["train", "held_out"]
@@ -78,19 +78,18 @@ def preprocess(
         Counts of documents, tokens and bytes, flat.
 
     Raises:
-        ConfigError: a setting is out of range, an input is missing, or the dataset exists.
-        DataError: an input or the tokenizer cannot be used, a worker died, or too many lines are bad; of all that
-            was written only the list of bad lines is left.
+        DataError: a setting is out of range, an input is missing, the dataset exists (all of these at once); an
+            input or the tokenizer cannot be used, a worker died, or too many lines are bad: of all that was
+            written only the list of bad lines is left.
         DiskError: the disk is full.
     """
-    raise_faults(ConfigError, [*_setting_faults(settings, workers, max_bad_fraction),
-                               *input_faults(inputs), *([] if overwrite else _taken_faults(prefix))])
-    tokenizer = Tokenizer.load(settings.tokenizer)
+    tokenizer = _checked(inputs, prefix, settings, workers, max_bad_fraction, overwrite)
     dtype = token_dtype(tokenizer.vocab_size)
     _require_space(inputs, Path(prefix), np.dtype(dtype).itemsize)
     started = time.monotonic()
     tally = _Tally()
     with ExitStack() as stack:
+        stack.enter_context(_disk_faults(prefix))
         quarantine = stack.enter_context(_Quarantine(prefix, inputs))
         writers = {
             role: stack.enter_context(IndexedDatasetWriter(prefix_of(prefix, role), dtype, tokenizer.vocab_size,
@@ -113,6 +112,25 @@ def prefix_of(prefix: str | os.PathLike[str], role: Role) -> str:
     return os.fspath(prefix) + ("_heldout" if role == "held_out" else "")
 
 
+def _checked(inputs: Sequence[str | os.PathLike[str]], prefix: str | os.PathLike[str], settings: EncodeSettings,
+             workers: int, max_bad_fraction: float, overwrite: bool) -> Tokenizer:
+    """Find all faults that can be found before the work, and load the tokenizer."""
+    faults = [*_setting_faults(settings, workers, max_bad_fraction), *_prefix_faults(prefix), *input_faults(inputs)]
+    tokenizer = None
+    try:
+        tokenizer = Tokenizer.load(settings.tokenizer)
+    except DataError as error:
+        faults += error.faults
+    if not overwrite:
+        faults += [
+            f"{path}: exists already; a dataset is not overwritten unasked; choose another --output-prefix, or give "
+            "--overwrite" for path in _taken(prefix, tokenizer)
+        ]
+    raise_faults(DataError, faults)
+    assert tokenizer is not None
+    return tokenizer
+
+
 def _setting_faults(settings: EncodeSettings, workers: int, max_bad_fraction: float) -> list[str]:
     faults = []
     if workers < 1:
@@ -129,10 +147,24 @@ def _setting_faults(settings: EncodeSettings, workers: int, max_bad_fraction: fl
     return faults
 
 
-def _taken_faults(prefix: str | os.PathLike[str]) -> list[str]:
-    files = [path for role in _ROLES for path in dataset_paths(prefix_of(prefix, role))]
-    return [f"{path}: exists already; a dataset is not overwritten unasked; choose another --output-prefix, or give "
-            "--overwrite" for path in files if path.exists()]
+def _prefix_faults(prefix: str | os.PathLike[str]) -> list[str]:
+    text = os.fspath(prefix)
+    if text and not text.endswith("/") and Path(text).name not in ("", ".", ".."):
+        return []
+    return [f"--output-prefix: is '{text}'; it must end in a name, to which .bin, .idx and .json are added; write "
+            "e.g. data/pt"]
+
+
+def _taken(prefix: str | os.PathLike[str], tokenizer: Tokenizer | None) -> list[Path]:
+    """Return the files of a dataset that is there; a copy of the same tokenizer alone is none."""
+    files = [path for role in _ROLES for path in dataset_paths(prefix_of(prefix, role))[:3]]
+    copy = dataset_paths(prefix).tokenizer
+    return [path for path in files if path.exists()] + [copy] * (copy.exists() and not _holds(copy, tokenizer))
+
+
+def _holds(folder: Path, tokenizer: Tokenizer | None) -> bool:
+    model = folder / "tokenizer.model"
+    return tokenizer is not None and model.is_file() and checksum(model) == tokenizer.checksum
 
 
 def _require_space(inputs: Sequence[str | os.PathLike[str]], prefix: Path, token_bytes: int) -> None:
@@ -187,7 +219,8 @@ class _Quarantine:
     def __exit__(self, *_: object) -> None:
         if self._handle is not None:
             self._handle.close()
-        self._temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it was renamed, never written, or its folder is no folder
+            self._temporary.unlink()
 
 
 def _require_documents(tally: _Tally, max_bad_fraction: float, rejected: Path,
@@ -211,14 +244,15 @@ def _commit(prefix: str | os.PathLike[str], settings: EncodeSettings, tokenizer:
     copy = dataset_paths(prefix).tokenizer
     record = TokenizerRecord(directory=copy.name, checksum=tokenizer.checksum, vocab_size=tokenizer.vocab_size,
                              eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id)
-    with ExitStack() as undo:
-        undo.callback(_remove, prefix)
-        with atomic_directory(copy) as folder:
-            shutil.copytree(tokenizer.directory, folder, dirs_exist_ok=True)
+    placed: list[str] = []
+    new_copy = not copy.exists()
+    try:
+        if not _holds(copy, tokenizer):
+            with atomic_directory(copy) as folder:
+                shutil.copytree(tokenizer.directory, folder, dirs_exist_ok=True)
         for role, writer in writers.items():
             if not writer.document_count:  # held out: nothing
-                for path in dataset_paths(writer.prefix)[:3]:
-                    path.unlink(missing_ok=True)  # of the dataset that is replaced
+                _remove(writer.prefix)  # of the dataset that is replaced
                 continue
             sources = tuple(SourceRecord(file=name, documents=tally.documents[role, number])
                             for number, name in enumerate(names))
@@ -227,15 +261,32 @@ def _commit(prefix: str | os.PathLike[str], settings: EncodeSettings, tokenizer:
                 held_out=HeldOutRecord(fraction=settings.held_out_fraction, seed=settings.held_out_seed, role=role),
                 rejected=dict(sorted(tally.rejected.items())),
             ))
-        undo.pop_all()
+            placed.append(writer.prefix)
+    except BaseException:
+        for done in placed:
+            _remove(done)
+        if new_copy:
+            shutil.rmtree(copy, ignore_errors=True)
+        raise
 
 
-def _remove(prefix: str | os.PathLike[str]) -> None:
-    for role in _ROLES:
-        paths = dataset_paths(prefix_of(prefix, role))
-        for path in (paths.manifest, paths.idx, paths.bin):
-            path.unlink(missing_ok=True)
-    shutil.rmtree(dataset_paths(prefix).tokenizer, ignore_errors=True)
+def _remove(prefix: str) -> None:
+    paths = dataset_paths(prefix)
+    for path in (paths.manifest, paths.idx, paths.bin):  # never an index without its manifest, nor ids without index
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_faults(prefix: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in one sentence what the disk did not want."""
+    try:
+        yield
+    except OSError as error:
+        if not error.errno:  # not from the system
+            raise
+        raise DiskError(f"{error.filename or os.fspath(prefix)}: cannot be written or read ({error.strerror}); the "
+                        "dataset needs a place that can be written; free some space, or choose another "
+                        "--output-prefix") from None
 
 
 def _report(prefix: str | os.PathLike[str], settings: EncodeSettings, tally: _Tally, rejected: Path,

@@ -18,7 +18,7 @@ import sentencepiece
 import xxhash
 
 from megatron_ttl import __version__
-from megatron_ttl.errors import ConfigError, DataError, raise_faults
+from megatron_ttl.errors import ConfigError, DataError, DiskError, raise_faults
 from megatron_ttl.files import atomic_directory, checksum_bytes
 from megatron_ttl.tokenizer.tokenizer import SPACE, SPECIALS
 
@@ -133,15 +133,21 @@ def draw_sample(texts: Iterable[str], max_documents: int | None, max_bytes: int 
     """
     kept: list[tuple[int, int, str, int]] = []  # a heap, the largest hash first: (-hash, -number, text, bytes)
     limited = max_documents is not None or max_bytes is not None
+    bar = (-(2**64), 0)  # of the smallest hash that had to leave: what lies beyond it may not come in later
     seen = seen_bytes = kept_bytes = 0
     for text in texts:
         payload = text.encode("utf-8", "surrogatepass")
-        rank = -xxhash.xxh3_64_intdigest(payload, seed) if limited else 0
-        heapq.heappush(kept, (rank, -seen, text, len(payload)))
-        seen, seen_bytes, kept_bytes = seen + 1, seen_bytes + len(payload), kept_bytes + len(payload)
+        rank = (-xxhash.xxh3_64_intdigest(payload, seed) if limited else 0, -seen)
+        seen, seen_bytes = seen + 1, seen_bytes + len(payload)
+        if rank < bar:
+            continue
+        heapq.heappush(kept, (*rank, text, len(payload)))
+        kept_bytes += len(payload)
         while ((max_documents is not None and len(kept) > max_documents)
                or (max_bytes is not None and kept_bytes > max_bytes)):
-            kept_bytes -= heapq.heappop(kept)[3]
+            *left, _, size = heapq.heappop(kept)
+            bar = max(bar, tuple(left))
+            kept_bytes -= size
     kept.sort(key=lambda entry: -entry[1])
     return Sample([entry[2] for entry in kept], seen, seen_bytes, kept_bytes)
 
@@ -200,12 +206,20 @@ def _training_fault(error: Exception, vocab_size: int) -> Exception:
 
 
 def write_folder(output: Path, model: bytes, record: dict[str, Any]) -> None:
-    """Write a tokenizer folder: the model, Hugging Face's two files and how it was trained."""
+    """Write a tokenizer folder: the model, Hugging Face's two files and how it was trained.
+
+    Raises:
+        DiskError: the folder cannot be written.
+    """
     contents = {
         "tokenizer_config.json": _HF_CONFIG, "special_tokens_map.json": _HF_SPECIALS, "training.json": record,
     }
-    with atomic_directory(output) as folder:
-        (folder / "tokenizer.model").write_bytes(model)
-        for name, value in contents.items():
-            text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
+    try:
+        with atomic_directory(output) as folder:
+            (folder / "tokenizer.model").write_bytes(model)
+            for name, value in contents.items():
+                text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+                (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DiskError(f"{output}: cannot be written ({error.strerror}); its folder must be writable and have space "
+                        "for it; choose another --output") from None
