@@ -7,6 +7,7 @@ file. The same command resumes. Exit codes: 0 done, 2 faulty settings or data, 7
 from __future__ import annotations
 
 import argparse
+import time
 
 DEFAULT_CONFIG = "configs/ttl_160m.toml"
 
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if ranks.local_rank == 0:  # one process per machine says it for all
             raise
+        # torchrun ends all processes when the first one leaves: give the speaker time to be heard.
+        time.sleep(2)
         return int(error.exit_code)
 
 

@@ -93,7 +93,8 @@ def train(session: Session) -> ExitCode:
 def _batches(session: Session) -> StepBatches:
     run, mesh = session.run, session.mesh
     return StepBatches(session.dataset, run.samples_per_step, session.micro_batch, rank=mesh.data_parallel_rank,
-                       world_size=mesh.data_parallel_size, consumed_samples=session.state.consumed_samples)
+                       world_size=mesh.data_parallel_size, consumed_samples=session.state.consumed_samples,
+                       pin_memory=session.engine.device.type == "cuda")
 
 
 @dataclass
