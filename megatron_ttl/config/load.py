@@ -160,6 +160,8 @@ def _unknown(key: str, own: list[str], others: list[str], file: str, other_file:
         here, there = ([target], []) if target in own else ([], [target])
     exact_there = any(split_key(name)[1] == leaf for name in there)
     exact_here = any(split_key(name)[1].replace("[]", "") == leaf for name in here)
+    if path in others and path not in own:
+        here, there = [], [path]  # spelt exactly as the other file has it
     if there and (not here or (exact_there and not exact_here)):
         name = there[0]
         return (f"is not a key of {file}; it belongs to {other_file}, as {name}; remove it here"

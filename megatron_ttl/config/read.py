@@ -23,7 +23,10 @@ _TOML_PLACE = re.compile(r"^(?P<what>.*) \(at line (?P<line>\d+), column (?P<col
 def read_text(path: Path, what: str, option: str) -> tuple[str, list[str]]:
     """Return the text of a settings file and the faults found on the way (then the text is empty)."""
     try:
-        return path.read_bytes().decode("utf-8-sig"), []
+        text = path.read_bytes().decode("utf-8-sig")
+        if text.strip():
+            return text, []
+        is_, do = "is empty", f"write it, or give another with {option}"
     except FileNotFoundError:
         is_, do = "does not exist", f"give its path with {option}"
     except IsADirectoryError:

@@ -1,0 +1,70 @@
+"""What DeepSpeed is given, what a resumed run may change, and what the tool shows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_refusals import PROFILE, load
+
+from megatron_ttl.config.changes import forbidden_changes
+from megatron_ttl.config.deepspeed import resolve_deepspeed
+from megatron_ttl.errors import ConfigError
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_deepspeed_accepts_what_it_is_given(tmp_path, stage, bf16):
+    """DeepSpeed's own parser takes the resolved dict; the accumulation is derived."""
+    if bf16 and stage == 0:
+        with pytest.raises(ConfigError, match="stage: is 0 with bf16; must be 1, 2 or 3: .* counts its first step twice"):
+            load(tmp_path, profile={**PROFILE, "bf16": {"enabled": True}, "zero_optimization": {"stage": 0}})
+        return
+    from megatron_ttl.parallel.door import deepspeed
+
+    profile = {**PROFILE, "zero_optimization": {"stage": stage}, **({"bf16": {"enabled": True}} if bf16 else {})}
+    settings = load(tmp_path, profile=profile, overrides=["train.gradient_clipping=0.5"])
+    resolved = resolve_deepspeed(settings, 2)
+    assert (resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == (2, 2)
+    assert resolved["gradient_clipping"] == 0.5
+    parsed = deepspeed.runtime.config.DeepSpeedConfig(resolve_deepspeed(settings, 1))
+    assert parsed.zero_optimization_stage == stage
+    assert parsed.bfloat16_config.enabled is bf16
+    if bf16:
+        assert parsed.grad_accum_dtype == "fp32"
+
+
+def test_a_world_that_does_not_divide_names_the_nearest(tmp_path):
+    """512 tokens are 8 sequences; three processes with two each make 384 or 768."""
+    with pytest.raises(ConfigError, match="384.*768"):
+        resolve_deepspeed(load(tmp_path), 3)
+
+
+@pytest.mark.parametrize(("override", "forbidden"), [
+    ("optimizer.lr=2e-3", True), ("model.num_hidden_layers=3", True), ("run.seed=1", True), ("train.steps=200", True),
+    ("schedule.warmup_steps=5", True), ("train.gradient_clipping=1.0", True),
+    ('data.sources=[{prefix="data/other"}]', True), ("log.every_steps=3", False), ("checkpoint.keep_last=9", False),
+    ("energy.enabled=false", False), ("run.dir=moved", False), ("log.wandb=offline", False),
+])
+def test_what_a_resumed_run_may_change(tmp_path, override, forbidden):
+    """What shapes the curve is named with its old and new value; the rest is free."""
+    stored = load(tmp_path).run.model_dump(mode="json")
+    faults = forbidden_changes(stored, load(tmp_path, overrides=[override]).run)
+    assert bool(faults) == forbidden
+    if forbidden:
+        assert override.partition("=")[0] in faults[0] and "was" in faults[0] and "run.start_from" in faults[0]
+
+
+def test_the_tool_shows_values_and_origins(repository):
+    """A table, its documentation, and JSON."""
+    command = [sys.executable, "tools/show_config.py", "--deepspeed_config", "configs/cpu.json", "--config",
+               "configs/debug.toml", "optimizer.lr=4e-3"]
+    shown = subprocess.run([*command, "--docs"], cwd=repository, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    line = next(line for line in shown.stdout.splitlines() if "optimizer.lr " in line)
+    assert "0.004" in line and "command line" in line and "Peak learning rate" in line
+    rows = json.loads(subprocess.run([*command, "--json"], cwd=repository, capture_output=True, text=True).stdout)
+    assert rows["zero_optimization.stage"]["origin"] == "configs/cpu.json"
+    assert rows["optimizer.eps"]["origin"] == "default"
