@@ -1,169 +1,150 @@
-"""The staircase: imports go down only, one door for each large dependency, nothing that runs a stranger's code."""
+"""The house keeps its rules; and each rule, shown a violation, sees it."""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
 
+import architecture_rules as rules
 import pytest
 
-FLOORS = {"train": 4, "evaluate": 4, "generate": 4, "plan": 4, "checkpoint": 3, "parallel": 2, "model": 1, "data": 1,
-          "tokenizer": 1, "kernels": 0, "config": 0, "runtime": 0, "errors": 0, "files": 0, "console": 0}
-ANYWHERE = {"testing"}  # imported by tests alone; may import all
-SAME_FLOOR = {("train", "evaluate"), ("evaluate", "generate"), ("plan", "train"), ("data", "tokenizer"),
-              ("config", "errors"), ("config", "console"), ("files", "errors"), ("console", "errors"),
-              ("runtime", "errors"), ("config", "files"), ("model", "config")}
-DOORS = {"deepspeed": {"parallel/door.py"}, "wandb": {"train/tracking.py"}, "codecarbon": {"train/energy.py"},
-         "transformers": {"checkpoint/hf.py"}, "sentencepiece": {"tokenizer/tokenizer.py", "tokenizer/train.py"},
-         "megatron": set(), "torch": None}
-TORCHLESS = ("config/", "plan/", "errors.py", "files.py", "console.py")
-FORBIDDEN_NAMES = {"utils", "helpers", "misc", "common"}
-FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
-FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
-FORBIDDEN_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
-LINES = {"file": 400, "function": 80, "tool": 60, "fields": 80}
+
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.__name__)
+def test_the_house_keeps_its_rules(repository, rule):
+    assert rule(repository) == []
 
 
-def python_files(root: Path, *folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
+def test_the_rules_look_at_something(repository):
+    parsed = {source.unit: source for source in rules.sources(repository, tests=True)}
+    assert {"train", "data", "model", "config", "kernels", "parallel", "tools", "pretrain_ttl",
+            "tests"} <= set(parsed)
+    edges = {(source.unit, imported.name.split(".")[1]) for source in rules.sources(repository)
+             for imported in rules.imports(source) if imported.name.startswith("megatron_ttl.")}
+    assert {("model", "kernels"), ("train", "checkpoint"), ("data", "tokenizer"), ("tools", "data")} <= edges
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Yield the dotted names that a file imports, inside functions too."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
+def plant(root: Path, path: str, text: str) -> Path:
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    return root
 
 
-def staircase_faults(root: Path) -> list[str]:
-    """Return upward imports, unlisted imports on one floor, second doors, and torch where none may be."""
-    faults = []
-    for path in python_files(root, "megatron_ttl"):
-        place = path.relative_to(root / "megatron_ttl")
-        part = place.parts[0].removesuffix(".py")
-        if part in ANYWHERE or part == "__init__":
-            continue
-        if part not in FLOORS:
-            faults.append(f"{place}: {part} has no floor")
-            continue
-        for name in imports(ast.parse(path.read_text(encoding="utf-8"))):
-            top, *rest = name.split(".")
-            if top == "megatron_ttl":
-                other = rest[0] if rest else "errors"
-                if other in ANYWHERE or FLOORS.get(other, 9) > FLOORS[part]:
-                    faults.append(f"{place}: imports {name}, which is above it")
-                elif other != part and FLOORS[other] == FLOORS[part] and (part, other) not in SAME_FLOOR:
-                    faults.append(f"{place}: imports {name} on its own floor")
-            elif top in DOORS and DOORS[top] is not None and str(place) not in DOORS[top]:
-                faults.append(f"{place}: a second door to {top}")
-            elif top == "torch" and str(place).startswith(TORCHLESS):
-                faults.append(f"{place}: imports torch, and must be quick")
-    return faults
+UP, DOOR, CALL, NAME = rules.upward_imports, rules.second_doors, rules.forbidden_calls, rules.forbidden_names
+ENVIRONMENT, LONG = rules.second_environment_readers, rules.too_long
+PLANTED = [
+    # upward
+    (UP, "megatron_ttl/model/a.py", "import megatron_ttl.train.loop\n", "a floor above"),
+    (UP, "megatron_ttl/checkpoint/a.py", "from megatron_ttl.evaluate import x\n", "a floor above"),
+    (UP, "megatron_ttl/errors.py", "from megatron_ttl import data\n", "a floor above"),
+    (UP, "megatron_ttl/kernels/a.py", "def f():\n    from ..model import llama\n", "a floor above"),
+    (UP, "megatron_ttl/kernels/__init__.py", "from ..parallel.mesh import x\n", "a floor above"),
+    (UP, "megatron_ttl/data/a.py",
+     "import importlib\nimportlib.import_module('megatron_ttl.checkpoint')\n", "a floor above"),
+    (UP, "megatron_ttl/__init__.py", "from megatron_ttl.errors import x\n", "a floor above"),
+    (UP, "megatron_ttl/train/a.py", "import megatron_ttl.testing\n", "a floor above"),
+    (UP, "tools/a.py", "from megatron_ttl.testing import x\n", "a floor above"),
+    (UP, "megatron_ttl/data/a.py", "import megatron_ttl.model.llama\n", "kept apart"),
+    (UP, "megatron_ttl/model/a.py", "import megatron_ttl.tokenizer\n", "kept apart"),
+    (UP, "megatron_ttl/tokenizer/a.py", "from megatron_ttl.data import x\n", "kept apart"),
+    (UP, "megatron_ttl/config/a.py", "from megatron_ttl import kernels\n", "kept apart"),
+    (UP, "megatron_ttl/train/a.py", "import tools.evaluate\n", "stands above all"),
+    (UP, "megatron_ttl/train/a.py", "import tests.conftest\n", "stands above all"),
+    (UP, "megatron_ttl/attic/a.py", "", "'attic' has no floor"),
+    # doors
+    (DOOR, "megatron_ttl/train/loop.py", "import deepspeed\n", "imports deepspeed; its door is"),
+    (DOOR, "megatron_ttl/data/a.py", "def f():\n    import deepspeed.comm as c\n", "imports deepspeed"),
+    (DOOR, "megatron_ttl/train/loop.py", "from megatron_ttl.parallel.door import deepspeed\n",
+     "imports deepspeed"),
+    (DOOR, "pretrain_ttl.py", "from deepspeed import initialize\n", "imports deepspeed"),
+    (DOOR, "tools/a.py", "def f():\n    import transformers\n", "imports transformers"),
+    (DOOR, "megatron_ttl/train/metrics.py", "def f():\n    import wandb\n", "imports wandb"),
+    (DOOR, "megatron_ttl/plan/a.py", "def f():\n    __import__('codecarbon')\n", "imports codecarbon"),
+    (DOOR, "examples/a.py", "import sentencepiece\n", "imports sentencepiece"),
+    (DOOR, "megatron_ttl/model/a.py", "from megatron.core import x\n", "its door is the tests"),
+    (DOOR, "megatron_ttl/train/tracking.py", "import wandb\n", "at the top"),
+    (DOOR, "megatron_ttl/checkpoint/hf.py", "from transformers import x\n", "at the top"),
+    (DOOR, "megatron_ttl/config/a.py", "def f():\n    import torch.nn\n", "must work without it"),
+    # forbidden calls
+    (CALL, "megatron_ttl/data/a.py", "import pickle\n", "imports pickle"),
+    (CALL, "tests/test_a.py", "def f():\n    from pickle import loads\n", "imports pickle.loads"),
+    (CALL, "tools/a.py", "import torch\ntorch.load('x')\n", "calls torch.load"),
+    (CALL, "tools/a.py", "from torch import save as keep\nkeep({}, 'x')\n", "calls torch.save"),
+    (CALL, "pretrain_ttl.py", "eval('1')\n", "calls eval"),
+    (CALL, "examples/a.py", "exec('1')\n", "calls exec"),
+    (CALL, "tests/test_a.py", "import os\nos.system('ls')\n", "calls os.system"),
+    (CALL, "megatron_ttl/a.py", "import yaml as y\ny.load('x')\n", "calls yaml.load"),
+    (CALL, "tests/test_a.py", "import subprocess\nsubprocess.run('ls', shell=True)\n", "shell"),
+    (CALL, "megatron_ttl/a.py", "import numpy as n\nn.load('x', allow_pickle=True)\n",
+     "allow_pickle"),
+    (CALL, "megatron_ttl/a.py", "def f(m, t):\n    m.load('x', trust_remote_code=t)\n",
+     "trust_remote_code"),
+    (CALL, "megatron_ttl/a.py", "N = 0\ndef f():\n    global N\n    N = 1\n", "changes: N"),
+    # names, environment
+    (NAME, "megatron_ttl/data/utils.py", "", "says nothing"),
+    (NAME, "megatron_ttl/common/order.py", "", "says nothing"),
+    (NAME, "tests/helpers.py", "", "says nothing"),
+    (ENVIRONMENT, "megatron_ttl/train/a.py", "import os\nX = os.environ['X']\n", "reads"),
+    (ENVIRONMENT, "megatron_ttl/data/a.py", "from os import getenv as g\ng('X')\n", "reads"),
+    # lengths
+    (LONG, "megatron_ttl/data/a.py", "x = 1\n" * 401, "401 lines; the limit is 400"),
+    (LONG, "tests/test_a.py", "x = 1\n" * 601, "601 lines; the limit is 600"),
+    (LONG, "tools/a.py", "x = 1\n" * 61, "61 lines; the limit is 60"),
+    (LONG, "examples/a.py", "def f():\n" + "    x = 1\n" * 80, "f has 81 lines; the limit is 80"),
+    (LONG, "megatron_ttl/config/schema.py", "class A:\n" + "    x: int = 1\n" * 81, "81 fields"),
+]
 
 
-def circle_faults(pairs: set[tuple[str, str]]) -> list[str]:
-    """Return pairs that import each other, directly or around."""
-    reach = {a: {b for x, b in pairs if x == a} for a, _ in pairs}
-    for _ in reach:
-        reach = {a: bs | {c for b in bs for c in reach.get(b, ())} for a, bs in reach.items()}
-    return [f"{a} imports itself in a circle" for a, bs in reach.items() if a in bs]
+@pytest.mark.parametrize(("rule", "path", "text", "message"), PLANTED,
+                         ids=[f"{rule.__name__}-{number}" for number, (rule, *_) in enumerate(PLANTED)])
+def test_a_planted_violation_is_seen(tmp_path, rule, path, text, message):
+    faults = rule(plant(tmp_path, path, text))
+    assert len(faults) == 1
+    assert faults[0].startswith(path.split("/")[0])
+    assert message in faults[0]
 
 
-def size_faults(root: Path) -> list[str]:
-    """Return files, functions and tools that are too long, and names that say nothing."""
-    faults = []
-    for path in [*python_files(root, "megatron_ttl", "tools", "examples", "tests"), *root.glob("*.py")]:
-        text = path.read_text(encoding="utf-8")
-        place, length = path.relative_to(root), len(text.splitlines())
-        limit = LINES["tool"] if place.parts[0] == "tools" or place.name == "pretrain_ttl.py" else LINES["file"]
-        if length > limit:
-            faults.append(f"{place}: {length} lines, more than {limit}")
-        if FORBIDDEN_NAMES & set(place.with_suffix("").parts):
-            faults.append(f"{place}: a name that says nothing")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                if node.end_lineno - node.lineno + 1 > LINES["function"]:
-                    faults.append(f"{place}: {node.name} is longer than {LINES['function']} lines")
-    return faults
+INNOCENT = [
+    ("megatron_ttl/train/a.py", "from megatron_ttl.model import llama\nimport megatron_ttl.plan.forecast\n"),
+    ("megatron_ttl/data/a.py", "from megatron_ttl.tokenizer import tokenizer\nimport megatron_ttl\n"),
+    ("megatron_ttl/data/d.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import e\n"),
+    ("megatron_ttl/data/e.py", "import megatron_ttl.data.d\n"),
+    ("megatron_ttl/checkpoint/hf.py", "def f(model):\n    import transformers\n    model.eval()\n"),
+    ("megatron_ttl/train/engine.py", "from megatron_ttl.parallel.door import deepspeed\nimport torch\n"),
+    ("megatron_ttl/runtime.py", "import os\nX = os.environ.get('RANK')\n"),
+    ("megatron_ttl/data/b.py", "import numpy\nnumpy.load('x', allow_pickle=False)\n"),
+    ("megatron_ttl/data/c.py", "x = 1\n" * 400),
+    ("tools/a.py", "from megatron_ttl.evaluate.perplexity import x\n" + "x = 1\n" * 59),
+    ("tests/test_a.py", "import wandb, transformers, deepspeed, megatron.core\n" + "x = 1\n" * 599),
+    ("megatron_ttl/config/schema.py", "class A:\n    model_config = 1\n" + "    x: int = 1\n" * 80),
+]
 
 
-def danger_faults(root: Path) -> list[str]:
-    """Return calls that could run what a stranger wrote."""
-    faults = []
-    for path in [*python_files(root, "megatron_ttl", "tools", "examples"), *root.glob("*.py")]:
-        place = path.relative_to(root)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        faults += [f"{place}: imports {name}" for name in imports(tree) if name.split(".")[0] in FORBIDDEN_MODULES]
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.Call):
-                continue
-            if ast.unparse(node.func) in FORBIDDEN_CALLS:
-                faults.append(f"{place}: calls {ast.unparse(node.func)}")
-            faults += [f"{place}: passes {keyword.arg}" for keyword in node.keywords
-                       if keyword.arg in FORBIDDEN_KEYWORDS and getattr(keyword.value, "value", True) is not False]
-    return faults
+def test_what_is_allowed_is_not_reported(tmp_path):
+    for path, text in INNOCENT:
+        plant(tmp_path, path, text)
+    assert [fault for rule in rules.RULES for fault in rule(tmp_path)] == []
 
 
-def environment_faults(root: Path) -> list[str]:
-    """Return readers of the environment other than runtime.py, and ones that only set it."""
-    allowed = {"runtime.py", "parallel/door.py"}
-    faults = []
-    for path in python_files(root, "megatron_ttl"):
-        place = path.relative_to(root / "megatron_ttl")
-        text = path.read_text(encoding="utf-8")
-        if str(place) not in allowed and ("os.environ" in text or "os.getenv" in text):
-            faults.append(f"{place}: reads or sets the environment")
-    return faults
+def test_a_circle_of_units_is_seen(tmp_path):
+    plant(tmp_path, "megatron_ttl/train/loop.py", "from megatron_ttl.evaluate.perplexity import x\n")
+    plant(tmp_path, "megatron_ttl/evaluate/perplexity.py",
+          "def f():\n    from megatron_ttl.plan import forecast\n")
+    plant(tmp_path, "megatron_ttl/plan/__init__.py", "")
+    plant(tmp_path, "megatron_ttl/plan/forecast.py", "from megatron_ttl.train.loop import x\n")
+    assert rules.circles(tmp_path) == ["circle: evaluate -> plan -> train -> evaluate"]
 
 
-def test_the_staircase(repository):
-    """Imports, doors, sizes, dangers: nothing to say of the tree as it is."""
-    assert staircase_faults(repository) == []
-    assert circle_faults(SAME_FLOOR) == []
-    assert size_faults(repository) == []
-    assert danger_faults(repository) == []
-    assert environment_faults(repository) == []
+def test_a_circle_of_modules_is_seen(tmp_path):
+    plant(tmp_path, "megatron_ttl/data/order.py", "from megatron_ttl.data.sampler import x\n")
+    plant(tmp_path, "megatron_ttl/data/sampler.py", "def f():\n    from . import order\n")
+    assert rules.circles(tmp_path) == ["circle: megatron_ttl.data.order -> megatron_ttl.data.sampler -> "
+                                       "megatron_ttl.data.order"]
 
 
-def test_the_run_file_stays_small():
-    """Eighty settings at most: each one more is a decision for every user."""
-    from megatron_ttl.config.describe import leaf_keys
-    from megatron_ttl.config.schema import RunFile
-
-    assert len(leaf_keys(RunFile)) <= LINES["fields"]
-
-
-@pytest.mark.parametrize(("file", "text", "check", "fault"), [
-    ("megatron_ttl/model/a.py", "from megatron_ttl.train.loop import x", staircase_faults, "above it"),
-    ("megatron_ttl/model/a.py", "def f():\n    import megatron_ttl.data.order", staircase_faults, "own floor"),
-    ("megatron_ttl/data/a.py", "from megatron_ttl.model.llama import x", staircase_faults, "own floor"),
-    ("megatron_ttl/train/a.py", "import deepspeed.ops", staircase_faults, "second door to deepspeed"),
-    ("megatron_ttl/generate/a.py", "def f():\n    import transformers", staircase_faults, "second door"),
-    ("megatron_ttl/train/a.py", "from megatron_ttl.testing import x", staircase_faults, "above it"),
-    ("megatron_ttl/config/a.py", "import torch", staircase_faults, "must be quick"),
-    ("megatron_ttl/attic/a.py", "x = 1", staircase_faults, "no floor"),
-    ("megatron_ttl/train/utils.py", "x = 1", size_faults, "says nothing"),
-    ("megatron_ttl/train/a.py", "x = 1\n" * 401, size_faults, "more than 400"),
-    ("tools/a.py", "x = 1\n" * 61, size_faults, "more than 60"),
-    ("megatron_ttl/train/a.py", "def f():\n" + "    x = 1\n" * 80, size_faults, "longer than 80"),
-    ("megatron_ttl/train/a.py", "import pickle", danger_faults, "imports pickle"),
-    ("tools/a.py", "import torch\ntorch.load('x')", danger_faults, "calls torch.load"),
-    ("tools/a.py", "eval('1')", danger_faults, "calls eval"),
-    ("examples/a.py", "f(shell=True)", danger_faults, "passes shell"),
-    ("tools/a.py", "f(trust_remote_code=True)", danger_faults, "passes trust_remote_code"),
-    ("megatron_ttl/train/a.py", "import os\nos.environ['X']", environment_faults, "environment"),
-])
-def test_a_planted_violation_is_found(tmp_path, file, text, check, fault):
-    """Each rule is seen to fail once."""
-    (tmp_path / file).parent.mkdir(parents=True)
-    (tmp_path / file).write_text(text)
-    found = check(tmp_path)
-    assert len(found) == 1 and fault in found[0], found
-
-
-def test_a_circle_is_found():
-    """Two parts of one floor that import each other."""
-    assert circle_faults({("a", "b"), ("b", "c"), ("c", "a")})
+def test_a_line_of_modules_is_no_circle(tmp_path):
+    plant(tmp_path, "megatron_ttl/data/__init__.py", "from megatron_ttl.data.a import x\n")
+    plant(tmp_path, "megatron_ttl/data/a.py", "from . import b\nfrom megatron_ttl.data.c import x\n")
+    plant(tmp_path, "megatron_ttl/data/b.py", "from megatron_ttl.data.c import x\n")
+    plant(tmp_path, "megatron_ttl/data/c.py", "from megatron_ttl.errors import x\n")
+    plant(tmp_path, "megatron_ttl/errors.py", "")
+    assert rules.circles(tmp_path) == []
