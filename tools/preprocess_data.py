@@ -8,11 +8,14 @@ import argparse
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="documents, one JSON object per line")
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE",
+                        help="documents, one JSON object per line")
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="tokenizer folder")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX",
-                        help="writes PREFIX.bin .idx .json .tokenizer/, PREFIX_heldout.*, PREFIX.rejected.jsonl")
-    parser.add_argument("--workers", type=int, default=1, help="processes that encode; does not change the output (1)")
+                        help="writes PREFIX.bin .idx .json .tokenizer/, the same of PREFIX_heldout, and "
+                             "PREFIX.rejected.jsonl for lines that are no documents")
+    parser.add_argument("--workers", type=int, default=1,
+                        help="processes that encode; does not change the output (1)")
     parser.add_argument("--text-key", default="text", help="key of the text in each object (text)")
     parser.add_argument("--held-out-fraction", type=float, default=0.01,
                         help="share of the documents kept from training; 0 for none (0.01)")

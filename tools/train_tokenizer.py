@@ -8,15 +8,18 @@ import argparse
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="documents, one JSON object per line")
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE",
+                        help="documents, one JSON object per line")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="tokenizer folder to write")
-    parser.add_argument("--vocab-size", type=int, default=32_000, help="pieces, specials and bytes included (32000)")
+    parser.add_argument("--vocab-size", type=int, default=32_000,
+                        help="pieces, specials and bytes included (32000)")
     parser.add_argument("--text-key", default="text", help="key of the text in each object (text)")
     parser.add_argument("--normalization", choices=("identity", "nfkc"), default="identity",
-                        help="identity keeps every character; nfkc folds compatibility characters, and then Hugging "
-                             "Face's LlamaTokenizer needs normalised text (identity)")
+                        help="identity keeps every character; nfkc folds compatibility characters, and then "
+                             "Hugging Face's LlamaTokenizer needs normalised text (identity)")
     parser.add_argument("--character-coverage", type=float, default=0.99995,
-                        help="share of the characters that get a piece; the rest is spelled in bytes (0.99995)")
+                        help="share of the characters that get a piece, the rest is spelled in bytes "
+                             "(0.99995)")
     parser.add_argument("--max-documents", type=int, help="train on a sample of so many documents")
     parser.add_argument("--max-bytes", type=int, help="train on a sample of so many bytes of text")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (0)")
@@ -41,7 +44,8 @@ def main() -> None:
         result = train_tokenizer(
             reader, arguments.output, arguments.vocab_size, normalization=arguments.normalization,
             character_coverage=arguments.character_coverage, max_documents=arguments.max_documents,
-            max_bytes=arguments.max_bytes, seed=arguments.seed, inputs=reader.sources, overwrite=arguments.overwrite,
+            max_bytes=arguments.max_bytes, seed=arguments.seed, inputs=reader.sources,
+            overwrite=arguments.overwrite,
         )
     result["rejected_lines"] = sum(reader.rejected.values())
     print_result(result, arguments.json, "tokenizer")

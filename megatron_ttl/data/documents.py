@@ -1,7 +1,7 @@
 """Read documents from `.jsonl` and `.jsonl.gz` files: one JSON object per line, its text under one key.
 
-A line that holds no document becomes a `BadLine` with its place and reason; a file that cannot be read to its end
-is an error, for nobody knows what is missing.
+A line that holds no document becomes a `BadLine` with its reason; a file that cannot be read to its end is an
+error, for nobody knows what is missing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _SUFFIXES = (".jsonl", ".json", ".ndjson")
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
-_KIND = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object",
-         str: "a string"}
+_KIND = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string",
+         list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def input_faults(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
         if not path.is_file():
             faults.append(f"{path}: is not a file; it must be a file of documents; {cure}")
         elif not plain.endswith(_SUFFIXES):
-            faults.append(f"{path}: has an unknown suffix; it must end in {', '.join(_SUFFIXES)}, with or without "
-                          ".gz; convert or rename it")
+            faults.append(f"{path}: has an unknown suffix; it must end in {', '.join(_SUFFIXES)}, with or "
+                          "without .gz; convert or rename it")
         elif not os.access(path, os.R_OK):
             faults.append(f"{path}: cannot be read; it must be readable by you; change its permissions")
         if path.resolve() in seen:
-            faults.append(f"{path}: is given twice; every input is read once; to repeat a source, give it a larger "
-                          "weight in training")
+            faults.append(f"{path}: is given twice; every input is read once; to repeat a source, give it a "
+                          "larger weight in training")
         seen.add(path.resolve())
     if not paths:
         faults.append("--input: is empty; it must name at least one file; give .jsonl or .jsonl.gz files")
@@ -91,16 +91,17 @@ def read_chunks(path: str | os.PathLike[str], chunk_bytes: int = 1 << 20, file: 
             if head[:2] in _UTF16_BOMS:
                 raise DataError(f"{path}: is UTF-16; it must be UTF-8; convert it")
             if path.name.lower().endswith(".gz") and head and not head.startswith(_GZIP_MAGIC):
-                raise DataError(f"{path}: is named .gz and is not packed with gzip; its name must say what it is; "
-                                "rename or pack it")
+                raise DataError(f"{path}: is named .gz and is not packed with gzip; its name must say what "
+                                "it is; rename or pack it")
             for chunk in _chunks_of(_unpacked(packed, head), packed, chunk_bytes, file):
                 yield chunk
                 done += len(chunk.lines)
     except _Broken as error:
-        raise DataError(f"{path}:{error.line}: {error.what}; it must be whole; copy or pack it again") from None
+        raise DataError(f"{path}:{error.line}: {error.what}; it must be whole; "
+                        "copy or pack it again") from None
     except OSError as error:
-        raise DataError(f"{path}:{done + 1}: cannot be read ({error.strerror or error}); it must be readable to its "
-                        "end; check the disk or copy it again") from None
+        raise DataError(f"{path}:{done + 1}: cannot be read ({error.strerror or error}); it must be readable "
+                        "to its end; check the disk or copy it again") from None
 
 
 class _Broken(Exception):
@@ -140,8 +141,8 @@ def _chunks_of(handle: BinaryIO, packed: BinaryIO, chunk_bytes: int, file: int) 
 def parse_line(line: bytes, text_key: str) -> str | BadLine | None:
     """Return the text of a line, why it has none, or None for a blank line.
 
-    LF or CRLF may end the line, a byte order mark may begin it. NaN and Infinity are let through outside of the
-    text, for Python writes them; a NUL in a text is text.
+    LF or CRLF may end the line, a byte order mark may begin it. NaN and Infinity are let through outside of
+    the text, for Python writes them; a NUL in a text is text.
     """
     line = line.removeprefix(_UTF8_BOM)
     if not line or line.isspace():
@@ -194,8 +195,8 @@ class DocumentReader:
         bad_lines: the first few of them, as `<file>:<line>: <reason>`.
 
     Raises:
-        DataError: (while iterating) a file cannot be read, or more than `max_bad_fraction` of the lines are bad;
-            the latter at the end, with all counts.
+        DataError: (while iterating) a file cannot be read, or more than `max_bad_fraction` of the lines are
+            bad; the latter at the end, with all counts.
     """
 
     paths: Sequence[str | os.PathLike[str]]
@@ -237,8 +238,8 @@ class DocumentReader:
                 source["rejected"] += 1
                 self.rejected[text.reason] += 1
                 if len(self.bad_lines) < 5:
-                    self.bad_lines.append(f"{path}:{number}: {text.reason}; every line must be an object with a text "
-                                          f"under '{self.text_key}'; repair or remove it")
+                    self.bad_lines.append(f"{path}:{number}: {text.reason}; every line must be an object "
+                                          f"with a text under '{self.text_key}'; repair or remove it")
 
 
 def bad_lines_fault(rejected: Counter[str], lines: int, max_bad_fraction: float) -> str:

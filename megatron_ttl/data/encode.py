@@ -85,11 +85,13 @@ def encode_chunk(tokenizer: Tokenizer, settings: EncodeSettings, chunk: Chunk) -
             text_bytes[side] += len(payload)
         elif isinstance(text, BadLine):
             shown = line[:_SHOWN_BYTES].decode("utf-8", "replace").rstrip("\r\n")
-            bad_lines.append({"line": number, "byte": place, "bytes": len(line), "reason": text.reason, "raw": shown})
+            bad_lines.append({"line": number, "byte": place, "bytes": len(line), "reason": text.reason,
+                              "raw": shown})
         else:
             blank_lines += 1
         place += len(line)
-    train, held_out = (_encode_side(tokenizer, *side, settings.bos) for side in zip(sides, text_bytes, strict=True))
+    train, held_out = (_encode_side(tokenizer, texts, size, settings.bos)
+                       for texts, size in zip(sides, text_bytes, strict=True))
     return Outcome(train, held_out, bad_lines, blank_lines)
 
 
@@ -136,7 +138,7 @@ def encode_files(
 
 def _in_processes(chunks: Iterator[Chunk], settings: EncodeSettings, workers: int,
                   encode: Callable[[EncodeSettings, Chunk], Outcome]) -> Iterator[tuple[Chunk, Outcome]]:
-    # An executor and not a multiprocessing.Pool: a Pool waits for ever for the answer of a worker that was killed.
+    # An executor and not a multiprocessing.Pool, which waits for ever for the answer of a killed worker.
     # Spawned and not forked: the parent may have threads.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin_worker)
     waiting: deque[tuple[Chunk, Future[Outcome]]] = deque()
@@ -151,8 +153,8 @@ def _in_processes(chunks: Iterator[Chunk], settings: EncodeSettings, workers: in
             yield done, future.result()
     except BrokenProcessPool:
         raise DataError(
-            "a worker process died; the system may have stopped it for want of memory (a very long document needs "
-            "about 100 bytes per character); use fewer --workers, or split long documents"
+            "a worker process died; the system may have stopped it for want of memory (a very long document "
+            "needs about 50 bytes per character); use fewer --workers, or split long documents"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,8 +1,8 @@
 """Turn files of documents into tokenised datasets: one for training and one of held-out documents.
 
-The parent reads lines in chunks, workers parse and encode them, and the parent writes what comes back in the order
-of the input: the bytes on the disk do not depend on the number of workers. Nothing takes its name before all of it
-is complete, but the list of bad lines.
+The parent reads lines in chunks, workers parse and encode them, and the parent writes what comes back in the
+order of the input: the bytes on the disk do not depend on the number of workers. Nothing takes its name
+before all of it is complete, but the list of bad lines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ import numpy as np
 from megatron_ttl.data.documents import Chunk, bad_lines_fault, input_faults
 from megatron_ttl.data.encode import EncodeSettings, Outcome, encode_files
 from megatron_ttl.data.indexed_dataset import IndexedDatasetWriter, token_dtype
-from megatron_ttl.data.manifest import Description, HeldOutRecord, SourceRecord, TokenizerRecord, dataset_paths
+from megatron_ttl.data.manifest import (
+    Description,
+    HeldOutRecord,
+    SourceRecord,
+    TokenizerRecord,
+    dataset_paths,
+)
 from megatron_ttl.errors import DataError, DiskError, raise_faults
 from megatron_ttl.files import atomic_directory, checksum, fsync_directory, require_free_space
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
@@ -62,7 +68,8 @@ def preprocess(
 ) -> dict[str, Any]:
     """Tokenise documents and write `<prefix>` and, when documents are held out, `<prefix>_heldout`.
 
-    Every document becomes `[BOS] ids EOS`. Both datasets point to `<prefix>.tokenizer`, a copy of the tokenizer.
+    Every document becomes `[BOS] ids EOS`. Both datasets point to a copy of the tokenizer,
+    `<prefix>.tokenizer`.
     Bad lines are listed in `<prefix>.rejected.jsonl` with their place and reason.
 
     Args:
@@ -78,9 +85,9 @@ def preprocess(
         Counts of documents, tokens and bytes, flat.
 
     Raises:
-        DataError: a setting is out of range, an input is missing, the dataset exists (all of these at once); an
-            input or the tokenizer cannot be used, a worker died, or too many lines are bad: of all that was
-            written only the list of bad lines is left.
+        DataError: a setting is out of range, an input is missing, the dataset exists (all of these at once);
+            an input or the tokenizer cannot be used, a worker died, or too many lines are bad: of all that
+            was written only the list of bad lines is left.
         DiskError: the disk is full.
     """
     tokenizer = _checked(inputs, prefix, settings, workers, max_bad_fraction, overwrite)
@@ -92,8 +99,8 @@ def preprocess(
         stack.enter_context(_disk_faults(prefix))
         quarantine = stack.enter_context(_Quarantine(prefix, inputs))
         writers = {
-            role: stack.enter_context(IndexedDatasetWriter(prefix_of(prefix, role), dtype, tokenizer.vocab_size,
-                                                           tokenizer.eos_id, overwrite))
+            role: stack.enter_context(IndexedDatasetWriter(
+                prefix_of(prefix, role), dtype, tokenizer.vocab_size, tokenizer.eos_id, overwrite))
             for role in _ROLES
         }
         results = encode_files(inputs, tokenizer, settings, workers, chunk_bytes, on_progress)
@@ -112,10 +119,11 @@ def prefix_of(prefix: str | os.PathLike[str], role: Role) -> str:
     return os.fspath(prefix) + ("_heldout" if role == "held_out" else "")
 
 
-def _checked(inputs: Sequence[str | os.PathLike[str]], prefix: str | os.PathLike[str], settings: EncodeSettings,
-             workers: int, max_bad_fraction: float, overwrite: bool) -> Tokenizer:
+def _checked(inputs: Sequence[str | os.PathLike[str]], prefix: str | os.PathLike[str],
+             settings: EncodeSettings, workers: int, max_bad_fraction: float, overwrite: bool) -> Tokenizer:
     """Find all faults that can be found before the work, and load the tokenizer."""
-    faults = [*_setting_faults(settings, workers, max_bad_fraction), *_prefix_faults(prefix), *input_faults(inputs)]
+    faults = [*_setting_faults(settings, workers, max_bad_fraction), *_prefix_faults(prefix),
+              *input_faults(inputs)]
     tokenizer = None
     try:
         tokenizer = Tokenizer.load(settings.tokenizer)
@@ -123,8 +131,8 @@ def _checked(inputs: Sequence[str | os.PathLike[str]], prefix: str | os.PathLike
         faults += error.faults
     if not overwrite:
         faults += [
-            f"{path}: exists already; a dataset is not overwritten unasked; choose another --output-prefix, or give "
-            "--overwrite" for path in _taken(prefix, tokenizer)
+            f"{path}: exists already; a dataset is not overwritten unasked; choose another --output-prefix, "
+            "or give --overwrite" for path in _taken(prefix, tokenizer)
         ]
     raise_faults(DataError, faults)
     assert tokenizer is not None
@@ -134,16 +142,19 @@ def _checked(inputs: Sequence[str | os.PathLike[str]], prefix: str | os.PathLike
 def _setting_faults(settings: EncodeSettings, workers: int, max_bad_fraction: float) -> list[str]:
     faults = []
     if workers < 1:
-        faults.append(f"--workers: is {workers}; it must be at least 1; {os.cpu_count()} use the whole machine")
+        faults.append(f"--workers: is {workers}; it must be at least 1; {os.cpu_count()} use the whole "
+                      "machine")
     if not settings.text_key:
         faults.append("--text-key: is empty; it must name the key of the text; leave it out for 'text'")
     if not 0 <= settings.held_out_fraction < 1:
-        faults.append(f"--held-out-fraction: is {settings.held_out_fraction}; it must be from 0 to below 1; 0 holds "
-                      "nothing out")
+        faults.append(f"--held-out-fraction: is {settings.held_out_fraction}; it must be from 0 to below 1; "
+                      "0 holds nothing out")
     if not 0 <= settings.held_out_seed < 2**64:
-        faults.append(f"--held-out-seed: is {settings.held_out_seed}; it must be from 0 to 2^64 - 1; choose another")
+        faults.append(f"--held-out-seed: is {settings.held_out_seed}; it must be from 0 to 2^64 - 1; choose "
+                      "another")
     if not 0 <= max_bad_fraction <= 1:
-        faults.append(f"--max-bad-fraction: is {max_bad_fraction}; it must be from 0 to 1; leave it out for 0.001")
+        faults.append(f"--max-bad-fraction: is {max_bad_fraction}; it must be from 0 to 1; leave it out for "
+                      "0.001")
     return faults
 
 
@@ -151,15 +162,16 @@ def _prefix_faults(prefix: str | os.PathLike[str]) -> list[str]:
     text = os.fspath(prefix)
     if text and not text.endswith("/") and Path(text).name not in ("", ".", ".."):
         return []
-    return [f"--output-prefix: is '{text}'; it must end in a name, to which .bin, .idx and .json are added; write "
-            "e.g. data/pt"]
+    return [f"--output-prefix: is '{text}'; it must end in a name, to which .bin, .idx and .json are added; "
+            "write e.g. data/pt"]
 
 
 def _taken(prefix: str | os.PathLike[str], tokenizer: Tokenizer | None) -> list[Path]:
     """Return the files of a dataset that is there; a copy of the same tokenizer alone is none."""
     files = [path for role in _ROLES for path in dataset_paths(prefix_of(prefix, role))[:3]]
     copy = dataset_paths(prefix).tokenizer
-    return [path for path in files if path.exists()] + [copy] * (copy.exists() and not _holds(copy, tokenizer))
+    taken = [path for path in files if path.exists()]
+    return [*taken, copy] if copy.exists() and not _holds(copy, tokenizer) else taken
 
 
 def _holds(folder: Path, tokenizer: Tokenizer | None) -> bool:
@@ -168,7 +180,7 @@ def _holds(folder: Path, tokenizer: Tokenizer | None) -> bool:
 
 
 def _require_space(inputs: Sequence[str | os.PathLike[str]], prefix: Path, token_bytes: int) -> None:
-    """Refuse what surely does not fit: five bytes of text per token, packed text four times as large unpacked."""
+    """Refuse what surely does not fit: five bytes of text per token, packed text unpacks to four times."""
     text_bytes = sum(os.path.getsize(path) * (4 if os.fspath(path).endswith(".gz") else 1) for path in inputs)
     require_free_space(prefix.parent, text_bytes * token_bytes // 5, f"the dataset {prefix.name}")
 
@@ -231,8 +243,8 @@ def _require_documents(tally: _Tally, max_bad_fraction: float, rejected: Path,
     if not sum(tally.documents.values()):
         raise DataError("--input: holds no documents; there must be at least one; give other files")
     if not writers["train"].document_count:
-        raise DataError("--held-out-fraction: leaves no document for training; at least one must be left; hold out "
-                        "less, or give more documents")
+        raise DataError("--held-out-fraction: leaves no document for training; at least one must be left; "
+                        "hold out less, or give more documents")
 
 
 def _commit(prefix: str | os.PathLike[str], settings: EncodeSettings, tokenizer: Tokenizer,
@@ -240,10 +252,11 @@ def _commit(prefix: str | os.PathLike[str], settings: EncodeSettings, tokenizer:
     """Put tokenizer and datasets in place, or, if that fails, nothing."""
     documents = sum(writer.document_count for writer in writers.values())
     assert tally.lines == tally.blank_lines + tally.rejected_lines + documents, "every line is counted once"
-    assert all(writer.token_count == tally.tokens[role] for role, writer in writers.items()), "tokens in = written"
+    for role, writer in writers.items():
+        assert writer.token_count == tally.tokens[role], "tokens in = tokens written"
     copy = dataset_paths(prefix).tokenizer
-    record = TokenizerRecord(directory=copy.name, checksum=tokenizer.checksum, vocab_size=tokenizer.vocab_size,
-                             eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id)
+    record = TokenizerRecord(directory=copy.name, checksum=tokenizer.checksum, eos_id=tokenizer.eos_id,
+                             bos_id=tokenizer.bos_id, vocab_size=tokenizer.vocab_size)
     placed: list[str] = []
     new_copy = not copy.exists()
     try:
@@ -258,7 +271,8 @@ def _commit(prefix: str | os.PathLike[str], settings: EncodeSettings, tokenizer:
                             for number, name in enumerate(names))
             writer.finish(Description(
                 text_bytes=tally.text_bytes[role], bos=settings.bos, tokenizer=record, sources=sources,
-                held_out=HeldOutRecord(fraction=settings.held_out_fraction, seed=settings.held_out_seed, role=role),
+                held_out=HeldOutRecord(fraction=settings.held_out_fraction, seed=settings.held_out_seed,
+                                       role=role),
                 rejected=dict(sorted(tally.rejected.items())),
             ))
             placed.append(writer.prefix)
@@ -272,7 +286,7 @@ def _commit(prefix: str | os.PathLike[str], settings: EncodeSettings, tokenizer:
 
 def _remove(prefix: str) -> None:
     paths = dataset_paths(prefix)
-    for path in (paths.manifest, paths.idx, paths.bin):  # never an index without its manifest, nor ids without index
+    for path in (paths.manifest, paths.idx, paths.bin):  # what says that the others are complete goes first
         path.unlink(missing_ok=True)
 
 
@@ -284,22 +298,24 @@ def _disk_faults(prefix: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if not error.errno:  # not from the system
             raise
-        raise DiskError(f"{error.filename or os.fspath(prefix)}: cannot be written or read ({error.strerror}); the "
-                        "dataset needs a place that can be written; free some space, or choose another "
+        where = error.filename or os.fspath(prefix)
+        raise DiskError(f"{where}: cannot be written or read ({error.strerror}); the dataset needs a "
+                        "place that can be written; free some space, or choose another "
                         "--output-prefix") from None
 
 
 def _report(prefix: str | os.PathLike[str], settings: EncodeSettings, tally: _Tally, rejected: Path,
             seconds: float) -> dict[str, Any]:
-    documents = {role: sum(count for (side, _), count in tally.documents.items() if side == role) for role in _ROLES}
+    documents = {role: sum(count for (side, _), count in tally.documents.items() if side == role)
+                 for role in _ROLES}
     tokens, text_bytes = sum(tally.tokens.values()), sum(tally.text_bytes.values())
     held_out = prefix_of(prefix, "held_out") if documents["held_out"] else (
         "none: --held-out-fraction is 0" if not settings.held_out_fraction
         else f"empty: no document fell into the held-out {100 * settings.held_out_fraction:g} %"
     )
     return {
-        "dataset": prefix_of(prefix, "train"), "documents": documents["train"], "tokens": tally.tokens["train"],
-        "text_bytes": tally.text_bytes["train"],
+        "dataset": prefix_of(prefix, "train"), "documents": documents["train"],
+        "tokens": tally.tokens["train"], "text_bytes": tally.text_bytes["train"],
         "held_out": held_out, "held_out_documents": documents["held_out"],
         "held_out_tokens": tally.tokens["held_out"], "held_out_text_bytes": tally.text_bytes["held_out"],
         "bytes_per_token": round(text_bytes / tokens, 4), "tokens_per_s": round(tokens / seconds),

@@ -19,9 +19,9 @@ SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}
 SPACE = "\u2581"
 """What SentencePiece writes for a space inside a piece."""
 
-# Text is encoded word by word, and words are remembered: three times faster than whole documents, for language
-# repeats its words. The ids are the same, because no piece reaches over a place where the pattern cuts: a space
-# after something else, or either side of a newline; `_piece_faults` makes sure of it when a model is loaded.
+# Text is encoded word by word, and words are remembered: about twice as fast as whole documents, for
+# language repeats its words. The ids are the same, because no piece reaches over a place where the pattern
+# cuts (a space after something else, either side of a newline): `_piece_faults` makes sure of it.
 _WORDS = re.compile(f" *[^ \n{SPACE}]+| +|[\n{SPACE}]")
 _REACHES_OVER = re.compile(f"[^{SPACE}]{SPACE}|\n.|.\n", re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -33,10 +33,10 @@ _CURE = "train one with tools/train_tokenizer.py, or correct the path"
 class Tokenizer:
     """A SentencePiece BPE model whose text round trip is exact: `decode(encode(text)) == text`.
 
-    SentencePiece writes spaces as U+2581 and would turn a U+2581 of the text into a space; here that character is
-    encoded as its three byte pieces, which decode to itself. Hugging Face's classes do not know this: for text
-    with U+2581, and for text that spells a special piece (they read the text "</s>" as the end of the document,
-    we read it as four characters), their ids differ from ours; for all other text they are equal.
+    SentencePiece writes spaces as U+2581 and would turn a U+2581 of the text into a space; here that sign is
+    encoded as its three byte pieces, which decode to itself. Hugging Face's classes do not know this: for
+    text with U+2581, and for text that spells a special piece (they read the text "</s>" as the end of the
+    document, we read it as four characters), their ids differ from ours; for all other text they are equal.
 
     With `--normalization nfkc` the round trip gives the normalised text.
 
@@ -45,7 +45,8 @@ class Tokenizer:
         checksum: of `tokenizer.model`; two tokenizers with the same checksum give the same ids.
     """
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor, directory: Path, checksum: str) -> None:
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor, directory: Path,
+                 checksum: str) -> None:
         self._processor = processor
         self.directory = directory
         self.checksum = checksum
@@ -61,8 +62,8 @@ class Tokenizer:
         """Load the `tokenizer.model` of a tokenizer folder (or of a model folder that holds one).
 
         Raises:
-            DataError: the folder or the file is missing, is no SentencePiece model, or not one that this project
-                can use: its special ids, bytes or treatment of spaces are others.
+            DataError: the folder or the file is missing, is no SentencePiece model, or not one that this
+                project can use: its special ids, bytes or treatment of spaces are others.
         """
         directory = Path(directory)
         path = directory / "tokenizer.model"
@@ -76,11 +77,13 @@ class Tokenizer:
             # An empty model would be accepted and fail at the first use.
             processor = sentencepiece.SentencePieceProcessor(model_proto=payload) if payload else None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); it must be readable; {_CURE}") from None
+            raise DataError(f"{path}: cannot be read ({error.strerror}); it must be readable; "
+                            f"{_CURE}") from None
         except RuntimeError:
             processor = None
         if processor is None:
-            raise DataError(f"{path}: is not a SentencePiece model; it may be damaged or another file; {_CURE}")
+            raise DataError(f"{path}: is not a SentencePiece model; it may be damaged or another file; "
+                            f"{_CURE}")
         raise_faults(DataError, (f"{path}: {fault}; {_CURE}" for fault in _model_faults(processor)))
         return cls(processor, directory, checksum(path))
 
@@ -100,11 +103,12 @@ class Tokenizer:
             self._forget()
             new = set(chain.from_iterable(words_of)).difference(self._known)
         try:
-            self._known.update(zip(new, map(tuple, self._processor.encode(list(new), num_threads=1)), strict=True))
+            ids_of_new = self._processor.encode(list(new), num_threads=1)
         except (RuntimeError, TypeError, UnicodeError):
             raise_faults(DataError, (_surrogate_fault(number, text) for number, text in enumerate(texts)
                                      if _SURROGATE.search(text)))
             raise
+        self._known.update(zip(new, map(tuple, ids_of_new), strict=True))
         self._known_characters += sum(map(len, new))
         return [list(chain.from_iterable(map(self._known.__getitem__, words))) for words in words_of]
 
@@ -131,8 +135,9 @@ class Tokenizer:
 def _surrogate_fault(number: int, text: str) -> str:
     place = _SURROGATE.search(text)
     assert place is not None
-    return (f"text {number}, character {place.start()}: is the lone surrogate U+{ord(place.group()):04X}; text must be "
-            "expressible in UTF-8; repair or leave out the document")
+    code = f"U+{ord(place.group()):04X}"
+    return (f"text {number}, character {place.start()}: is the lone surrogate {code}; text must be "
+            " expressible in UTF-8; repair or leave out the document")
 
 
 def _model_faults(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
@@ -148,7 +153,8 @@ def _model_faults(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
             faults.append(f"id {wanted} is written '{processor.id_to_piece(wanted)}'; it must be '{piece}'")
     byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     if not all(processor.is_byte(number) for number in byte_ids):
-        faults.append("has no byte pieces, unknown characters would be lost; it must have all 256 (byte fallback)")
+        faults.append("has no byte pieces, unknown characters would be lost; it must have all 256 (byte "
+                      "fallback)")
     return faults or _space_faults(processor) or _piece_faults(processor)
 
 

@@ -25,19 +25,19 @@ from megatron_ttl.tokenizer.tokenizer import SPACE, SPECIALS
 # Characters that SentencePiece reserves (NUL, its space, its unknown) or that never share a piece with others
 # (line ends): a text is cut at them. They need no piece of their own, for every byte has one.
 _BREAKS = re.compile(f"[\0\n\r{SPACE}\u2585]+")
-# SentencePiece silently skips what it calls sentences of more than 4,192 bytes; 1,000 characters have at most 4,000.
+# SentencePiece silently skips what it calls sentences of more than 4,192 bytes; so many characters have at
+# most 4,000.
 _LONGEST_CHARACTERS = 1_000
 _TOO_LARGE = re.compile(r"Vocabulary size too high \(\d+\).*<= (\d+)")
 _TOO_SMALL = re.compile(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)")
 
-# What Hugging Face's LlamaTokenizer reads beside tokenizer.model. `add_prefix_space` false matches the model's
-# `add_dummy_prefix` false: with a dummy prefix the two disagree on text that begins with a space.
+# What Hugging Face's LlamaTokenizer reads beside tokenizer.model. `add_prefix_space` false matches the
+# model's `add_dummy_prefix` false: with a dummy prefix the two disagree on text that begins with a space.
+_HF_SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _HF_CONFIG = {
     "tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": False, "add_bos_token": True,
-    "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
-    "padding_side": "right", "clean_up_tokenization_spaces": False,
+    "add_eos_token": False, **_HF_SPECIALS, "padding_side": "right", "clean_up_tokenization_spaces": False,
 }
-_HF_SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ def train_tokenizer(
         DataError: the corpus is empty, or too small or too large for the vocabulary.
     """
     output = Path(output)
-    raise_faults(ConfigError, _setting_faults(output, vocab_size, character_coverage, max_documents, max_bytes, seed,
-                                              overwrite))
+    raise_faults(ConfigError, _setting_faults(output, vocab_size, character_coverage, max_documents,
+                                              max_bytes, seed, overwrite))
     started = time.monotonic()
     sample = draw_sample(texts, max_documents, max_bytes, seed)
     sentences = [piece for text in sample.texts for piece in cut(text)]
     if not sentences:
-        raise DataError(f"the corpus: {sample.documents_seen:,} documents with no text to learn from; it must have "
-                        "some; give other inputs, or raise --max-bytes")
+        raise DataError(f"the corpus: {sample.documents_seen:,} documents with no text to learn from; it "
+                        "must have some; give other inputs, or raise --max-bytes")
     read_s = time.monotonic() - started
     model = _train_model(sentences, vocab_size, normalization, character_coverage)
     used = {"documents_seen": sample.documents_seen, "documents_used": len(sample.texts),
@@ -107,11 +107,11 @@ def _setting_faults(output: Path, vocab_size: int, character_coverage: float, ma
     faults = []
     smallest = len(SPECIALS) + 256 + 1
     if vocab_size < smallest:
-        faults.append(f"--vocab-size: is {vocab_size}; it must be at least {smallest} (4 specials, 256 bytes, a "
-                      "character); 32000 is usual")
+        faults.append(f"--vocab-size: is {vocab_size}; it must be at least {smallest} (4 specials, 256 "
+                      "bytes, a character); 32000 is usual")
     if not 0.98 <= character_coverage <= 1:
-        faults.append(f"--character-coverage: is {character_coverage}; it must be from 0.98 to 1; leave it out for "
-                      "0.99995")
+        faults.append(f"--character-coverage: is {character_coverage}; it must be from 0.98 to 1; leave it "
+                      "out for 0.99995")
     for name, value in (("--max-documents", max_documents), ("--max-bytes", max_bytes)):
         if value is not None and value < 1:
             faults.append(f"{name}: is {value}; it must be at least 1; leave it out to use everything")
@@ -120,8 +120,8 @@ def _setting_faults(output: Path, vocab_size: int, character_coverage: float, ma
     if output.exists() and not output.is_dir():
         faults.append(f"{output}: is a file; the output must be a folder; choose another name")
     elif output.is_dir() and any(output.iterdir()) and not overwrite:
-        faults.append(f"{output}: exists and is not empty; a tokenizer is not overwritten unasked; choose another "
-                      "name, or give --overwrite")
+        faults.append(f"{output}: exists and is not empty; a tokenizer is not overwritten unasked; choose "
+                      "another name, or give --overwrite")
     return faults
 
 
@@ -131,7 +131,7 @@ def draw_sample(texts: Iterable[str], max_documents: int | None, max_bytes: int 
     Which documents are kept depends on the seed and the texts alone, not on their order or on the files they
     stand in. At most the sample itself is held in memory.
     """
-    kept: list[tuple[int, int, str, int]] = []  # a heap, the largest hash first: (-hash, -number, text, bytes)
+    kept: list[tuple[int, int, str, int]] = []  # heap, largest hash first: (-hash, -number, text, bytes)
     limited = max_documents is not None or max_bytes is not None
     bar = (-(2**64), 0)  # of the smallest hash that had to leave: what lies beyond it may not come in later
     seen = seen_bytes = kept_bytes = 0
@@ -153,7 +153,7 @@ def draw_sample(texts: Iterable[str], max_documents: int | None, max_bytes: int 
 
 
 def cut(text: str) -> Iterator[str]:
-    """Cut a document into what SentencePiece calls sentences, at line ends and, where lines are long, at spaces.
+    """Cut a document into what SentencePiece calls sentences: at line ends, and long lines at spaces.
 
     No character is lost but the reserved ones; a space stays at the head of the piece it begins.
     """
@@ -168,16 +168,18 @@ def cut(text: str) -> Iterator[str]:
             yield line[start:]
 
 
-def _train_model(sentences: list[str], vocab_size: int, normalization: str, character_coverage: float) -> bytes:
+def _train_model(sentences: list[str], vocab_size: int, normalization: str,
+                 character_coverage: float) -> bytes:
     """Run SentencePiece's trainer in a thread, so that Ctrl-C is heard while it works."""
     result, errors = BytesIO(), []
 
     def work() -> None:
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sentences), model_writer=result, model_type="bpe", vocab_size=vocab_size,
-                byte_fallback=True, split_digits=True, normalization_rule_name=normalization,
-                remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
+                sentence_iterator=iter(sentences), model_writer=result, model_type="bpe",
+                vocab_size=vocab_size, byte_fallback=True, split_digits=True,
+                normalization_rule_name=normalization, remove_extra_whitespaces=False,
+                add_dummy_prefix=False, allow_whitespace_only_pieces=True,
                 character_coverage=character_coverage, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
                 num_threads=4,  # does not change the pieces, but is written into the model: a constant
                 minloglevel=2,
@@ -195,13 +197,14 @@ def _train_model(sentences: list[str], vocab_size: int, normalization: str, char
 
 
 def _training_fault(error: Exception, vocab_size: int) -> Exception:
-    """Turn SentencePiece's words about the size of the vocabulary into ours; leave other errors as they are."""
+    """Turn SentencePiece's words about the size of the vocabulary into ours; leave other errors alone."""
     if match := _TOO_LARGE.search(str(error)):
-        return DataError(f"--vocab-size: is {vocab_size:,}; this corpus gives at most {int(match[1]):,} pieces; give "
-                         "more text, or a smaller vocabulary")
+        return DataError(f"--vocab-size: is {vocab_size:,}; this corpus gives at most {int(match[1]):,} "
+                         "pieces; give more text, or a smaller vocabulary")
     if match := _TOO_SMALL.search(str(error)):
-        return DataError(f"--vocab-size: is {vocab_size:,}; specials, bytes and the characters of this corpus alone "
-                         f"need {int(match[1]):,}; give a larger vocabulary, or a smaller --character-coverage")
+        return DataError(f"--vocab-size: is {vocab_size:,}; specials, bytes and the characters of this "
+                         f"corpus alone need {int(match[1]):,}; give a larger vocabulary, or a smaller "
+                         "--character-coverage")
     return error
 
 
@@ -221,5 +224,5 @@ def write_folder(output: Path, model: bytes, record: dict[str, Any]) -> None:
                 text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
                 (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise DiskError(f"{output}: cannot be written ({error.strerror}); its folder must be writable and have space "
-                        "for it; choose another --output") from None
+        raise DiskError(f"{output}: cannot be written ({error.strerror}); its folder must be writable and "
+                        "have space for it; choose another --output") from None

@@ -136,14 +136,15 @@ def noise_lines(count: int) -> list[bytes]:
     return [json.dumps({"text": draw.randbytes(40).hex()}).encode() + b"\n" for _ in range(count)]
 
 
+@pytest.mark.parametrize("chunk_bytes", [1000, 1 << 20])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.999])
-def test_a_packed_file_cut_short_is_an_error_with_its_line(tmp_path, share):
+def test_a_packed_file_cut_short_is_an_error_with_its_line(tmp_path, share, chunk_bytes):
     lines = noise_lines(20_000)
     packed = gzip.compress(b"".join(lines))
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(packed[: int(share * len(packed))])
     with pytest.raises(DataError, match=r"a.jsonl.gz:\d+: the packed file ends in the middle; it must be whole") as caught:
-        list(read_chunks(path, 1000))
+        list(read_chunks(path, chunk_bytes))
     line = int(str(caught.value).split(".gz:")[1].split(":")[0])
     assert abs(line - share * 20_000) < 0.05 * 20_000, "the line is where the bytes end"
 

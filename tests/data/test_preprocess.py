@@ -209,13 +209,25 @@ def die(settings: EncodeSettings, chunk: encode.Chunk) -> encode.Outcome:
     return encode.encode_chunk(Tokenizer.load(settings.tokenizer), settings, chunk)
 
 
-def test_a_dead_worker_is_an_error_in_seconds(tokenizer, inputs, tmp_path, monkeypatch):
+def test_a_dead_worker_is_an_error_in_seconds(tokenizer, inputs):
     started = time.monotonic()
     ours = Tokenizer.load(tokenizer)
     with (pytest.raises(DataError, match="a worker process died; .*use fewer --workers"),
           closing(encode_files(inputs, ours, EncodeSettings(str(tokenizer)), 2, 1000, encode=die)) as results):
         list(results)
     assert time.monotonic() - started < 10
+
+
+def interrupt_oneself(settings: EncodeSettings, chunk: encode.Chunk) -> encode.Outcome:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.05)
+    return encode.encode_chunk(Tokenizer.load(settings.tokenizer), settings, chunk)
+
+
+def test_workers_leave_the_interrupt_to_the_parent(tokenizer, inputs):
+    ours = Tokenizer.load(tokenizer)
+    results = encode_files(inputs, ours, EncodeSettings(str(tokenizer)), 1, 1 << 20, encode=interrupt_oneself)
+    assert sum(len(chunk.lines) for chunk, _ in results) == 500
 
 
 def test_what_cannot_be_used_is_named_at_once(tokenizer, inputs, tmp_path):

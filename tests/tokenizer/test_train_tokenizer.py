@@ -58,7 +58,7 @@ def test_the_folder_says_what_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "t"], "no temporary folder is left"
 
 
-def test_the_same_text_gives_the_same_bytes_in_any_order(tmp_path, monkeypatch):
+def test_the_same_text_gives_the_same_bytes_in_any_order(tmp_path):
     texts = make_texts(60)
     train_tokenizer(texts, tmp_path / "a", 700)
     train_tokenizer(iter(texts), tmp_path / "b", 700)
