@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_ttl.checkpoint.names import split_to_hf
 from megatron_ttl.checkpoint.state import MOMENTS, WEIGHTS, capture, restore
 from megatron_ttl.kernels.cross_entropy import cross_entropy
 from megatron_ttl.model.llama import build_model
@@ -126,6 +127,27 @@ def test_two_processes_give_the_curve_of_one():
         assert torch.equal(curve, results[1][stage, bf16][0])
         final = state[WEIGHTS]["lm_head.weight"]
         torch.testing.assert_close(final, master.state_dict()["3.lm_head.weight"], atol=2e-3 if bf16 else 2e-5, rtol=0)
+
+
+def initial_states(mesh, run):
+    """Return whether a fresh engine holds exactly the drawn fp32 weights, for every stage and dtype."""
+    drawn = {}
+    for name, tensor in build_model(run.model, run.run.seed).state_dict().items():
+        drawn |= split_to_hf(name, tensor, run.model)
+    same = {}
+    for bf16 in (False, True):
+        for stage in range(int(bf16), 4):
+            engine = Engine(run, deepspeed_settings(stage, bf16, 3, mesh.world_size), mesh)
+            state = capture(engine.deepspeed, run.model, keep=True)
+            same[bf16, stage] = all(torch.equal(state[WEIGHTS][name], drawn[name]) for name in drawn)
+            engine.close()
+    return same
+
+
+def test_a_run_begins_with_the_drawn_bits_in_every_dtype():
+    """DeepSpeed's own masters would be rounded to bf16 first."""
+    results = run_distributed(initial_states, 2, tiny_run("unused"))
+    assert len(results[0]) == 7 and all(results[0].values()), results[0]
 
 
 def crossed_restores(mesh, run):
