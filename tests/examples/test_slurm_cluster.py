@@ -61,6 +61,7 @@ TRAINER = """
 import os, signal, sys, time
 rank, start = os.environ["SLURM_PROCID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
 def save(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever is pulled down now has not saved
     time.sleep(2 if rank == "0" else 0)
     print(f"rank {rank} of {os.environ['SLURM_NTASKS']} saved at {os.environ['MASTER_ADDR']}", flush=True)
     sys.exit(85)

@@ -133,6 +133,16 @@ def test_a_real_offline_run_writes_under_the_run_folder(tmp_path, monkeypatch, c
     assert b"energy_source" in files[0].read_bytes()
 
 
+def test_wandb_is_asked_to_continue_the_run_and_to_stay_quiet(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    asked = {}
+    monkeypatch.setattr(wandb, "init", lambda **settings: asked.update(settings))
+    tracking.open_wandb(LogConfig(wandb="online"), tmp_path / "run", "name", {"a": 1}, "ab12cd34")
+    assert (asked["id"], asked["resume"], asked["mode"]) == ("ab12cd34", "allow", "online")
+    assert asked["dir"] == str(tmp_path / "run") and asked["config"] == {"a": 1}
+    assert asked["settings"].console == "off" and asked["settings"].init_timeout <= 20
+
+
 @pytest.mark.slow
 def test_online_without_a_network_neither_hangs_nor_stops(tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb")
