@@ -15,7 +15,7 @@ DEFAULT_CONFIG = "configs/ttl_160m.toml"
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, check everything, train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="machine profile, e.g. configs/cpu.json")
+    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="machine profile (configs/cpu.json)")
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="TOML", help="run file (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="report every fault and the plan; touch no device")
     parser.add_argument("--data-parallel-size", type=int, default=None, metavar="N",
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_ttl.config.load import load_settings
     from megatron_ttl.errors import UserError
     from megatron_ttl.runtime import discover_ranks
+    from megatron_ttl.train.stop import StopRequest
 
     ranks = discover_ranks()
     try:
@@ -38,11 +39,12 @@ def main(argv: list[str] | None = None) -> int:
                                    arguments.data_parallel_size or ranks.world_size), arguments.json)
             return 0
         settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
-        from megatron_ttl.train.loop import pretrain
-
         if ranks.is_first and arguments.config == DEFAULT_CONFIG:
             print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
-        return int(pretrain(settings, ranks))
+        with StopRequest() as stop:  # before the slow imports: a signal during them must not be lost either
+            from megatron_ttl.train.loop import pretrain
+
+            return int(pretrain(settings, ranks, stop))
     except UserError as error:
         if ranks.local_rank == 0:  # one process per machine says it for all
             raise

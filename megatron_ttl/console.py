@@ -1,4 +1,4 @@
-"""What people see: tables and progress on a terminal, plain lines elsewhere, JSON for programs, faults on one screen."""
+"""What people see: tables and progress on a terminal, plain lines elsewhere; JSON for programs; faults on a screen."""
 
 from __future__ import annotations
 

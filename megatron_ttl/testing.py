@@ -18,7 +18,8 @@ _PRELOAD = ["torch._dynamo", "torch._inductor.compile_fx", "megatron_ttl.paralle
             "deepspeed.runtime.zero.muon.muon_optimizer", "megatron_ttl.train.loop"]
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 120) -> list[Any]:
+def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any,
+                    timeout_s: float = 120) -> list[Any]:
     """Call `function(mesh, *arguments)` on `world_size` gloo processes and return their results by rank.
 
     Args:

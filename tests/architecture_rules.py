@@ -44,7 +44,7 @@ WITHOUT_TORCH = ("megatron_ttl/config/", "megatron_ttl/errors.py", "megatron_ttl
                  "megatron_ttl/console.py", "megatron_ttl/model/flops.py")
 ENVIRONMENT_READERS = ("megatron_ttl/runtime.py", "megatron_ttl/parallel/door.py")
 
-FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES, TOOL_LINES, CONFIG_FIELDS = 400, 600, 80, 60, 80
+FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES, TOOL_LINES, CONFIG_FIELDS = 400, 400, 80, 60, 80
 FORBIDDEN_STEMS = {"utils", "util", "helpers", "helper", "misc", "common"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"eval", "exec", "builtins.eval", "builtins.exec", "torch.load", "torch.save", "os.system",

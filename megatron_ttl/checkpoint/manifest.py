@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_ttl.checkpoint.bounded_json import (MAX_JSON_BYTES, parse_json_object, read_json_object,
-                                                  read_regular_file)
+from megatron_ttl.checkpoint.bounded_json import MAX_JSON_BYTES, parse_json_object, read_json_object, read_regular_file
 from megatron_ttl.checkpoint.tensor_file import dtype_name, encoded_bytes
 from megatron_ttl.errors import CheckpointError, raise_faults
 from megatron_ttl.files import checksum, checksum_bytes

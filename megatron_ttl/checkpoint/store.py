@@ -21,8 +21,17 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_ttl.checkpoint.manifest import (RECORD, MANIFEST, FileEntry, Manifest, encode_record, file_name,
-                                              plan_manifest, read_manifest, verify)
+from megatron_ttl.checkpoint.manifest import (
+    MANIFEST,
+    RECORD,
+    FileEntry,
+    Manifest,
+    encode_record,
+    file_name,
+    plan_manifest,
+    read_manifest,
+    verify,
+)
 from megatron_ttl.checkpoint.tensor_file import write_tensors
 from megatron_ttl.errors import CheckpointError, DiskError
 from megatron_ttl.files import checksum_bytes, fsync_directory, human_bytes, require_free_space

@@ -1,1 +1,1 @@
-"""Settings: the run file (TOML), the machine profile (DeepSpeed JSON), and the rules between them. No torch here."""
+"""Settings: the run file (TOML), the machine profile (DeepSpeed JSON), the rules between them. No torch."""

@@ -13,8 +13,8 @@ _FIXED = ("run.seed", "run.start_from", "model", "data", "train", "optimizer", "
 def forbidden_changes(stored: dict[str, Any], now: RunFile) -> list[str]:
     """Return a fault for each setting that shapes the loss curve and differs from the one the run began with.
 
-    `stored` is what `RunFile.model_dump(mode="json")` gave then. Cadences, logging, energy, checkpoints and evaluation
-    may change.
+    `stored` is what `RunFile.model_dump(mode="json")` gave then. Cadences, logging, energy, checkpoints and
+    evaluation may change.
     """
     before, after = _flat(stored), _flat(now.model_dump(mode="json"))
     faults = []
@@ -24,9 +24,9 @@ def forbidden_changes(stored: dict[str, Any], now: RunFile) -> list[str]:
         old, new = before.get(key), after.get(key)
         if old != new:
             faults.append(
-                f"{now.run.dir}: {key}: was {show(old)} when this run began, is now {show(new)}; must stay as it was, "
-                f"for it shapes the loss curve; set it back, or begin another run: run.dir=<a new folder> "
-                f"run.start_from=<a checkpoint folder of {now.run.dir}>")
+                f"{now.run.dir}: {key}: was {show(old)} when this run began, is now {show(new)}; must stay "
+                "as it was, for it shapes the loss curve; set it back, or begin another run: run.dir=<a new "
+                f"folder> run.start_from=<a checkpoint folder of {now.run.dir}>")
     return faults
 
 

@@ -15,7 +15,7 @@ Fault = tuple[str, str]  # (dotted key, `what it is; what it must be; what to do
 
 
 def run_faults(run: RunFile, wrong: Iterable[str] = ()) -> list[Fault]:
-    """Return the faults between the keys of a run file, leaving out rules about keys that are `wrong` by themselves."""
+    """Return the faults between the keys of a run file; keys that are `wrong` by themselves are left out."""
     unusable = set(wrong)
     return [fault for keys, rule in _RULES if unusable.isdisjoint(keys) for fault in rule(run)]
 
@@ -30,11 +30,12 @@ def _head_sizes(run: RunFile) -> Iterator[Fault]:
     model = run.model
     hidden, heads = model.hidden_size, model.num_attention_heads
     if hidden % heads:
-        yield ("model.hidden_size", f"{hidden:,} over {heads:,} heads leaves {hidden % heads:,} channels; must be a "
-               f"multiple of num_attention_heads; set it to {nearest_multiples(hidden, heads)}")
+        yield ("model.hidden_size", f"{hidden:,} over {heads:,} heads leaves {hidden % heads:,} channels; "
+               f"must be a multiple of num_attention_heads; set it to {nearest_multiples(hidden, heads)}")
     elif model.head_dim % 2:
-        yield ("model.num_attention_heads", f"gives heads of {hidden:,} / {heads:,} = {model.head_dim:,} channels; RoPE "
-               "turns channels in pairs, so the head size must be even; change hidden_size or num_attention_heads")
+        yield ("model.num_attention_heads", f"gives heads of {hidden:,} / {heads:,} = {model.head_dim:,} "
+               "channels; RoPE turns channels in pairs, so the head size must be even; change hidden_size or "
+               "num_attention_heads")
 
 
 def _key_value_heads(run: RunFile) -> Iterator[Fault]:
@@ -47,22 +48,23 @@ def _key_value_heads(run: RunFile) -> Iterator[Fault]:
 
 def _tied(run: RunFile) -> Iterator[Fault]:
     if run.model.tie_word_embeddings:
-        yield ("model.tie_word_embeddings", "is true; must be false: the models of both papers have two separate "
-               "weights, and no part of this release computes a tied head; remove the key")
+        yield ("model.tie_word_embeddings", "is true; must be false: the models of both papers have two "
+               "separate weights, and no part of this release computes a tied head; remove the key")
 
 
 def _positions(run: RunFile) -> Iterator[Fault]:
     sequence, positions = run.train.sequence_length, run.model.max_position_embeddings
     if sequence > positions:
-        yield ("train.sequence_length", f"is {sequence:,}, model.max_position_embeddings {positions:,}; must not be "
-               "longer than the positions that the exported model declares; shorten it or raise the other")
+        yield ("train.sequence_length", f"is {sequence:,}, model.max_position_embeddings {positions:,}; must "
+               "not be longer than the positions that the exported model declares; shorten it or raise the "
+               "other")
 
 
 def _tokens_per_step(run: RunFile) -> Iterator[Fault]:
     tokens, sequence = run.train.tokens_per_step, run.train.sequence_length
     if tokens % sequence:
-        yield ("train.tokens_per_step", f"{tokens:,} is not a multiple of sequence_length {sequence:,}; must hold whole "
-               f"samples; set it to {nearest_multiples(tokens, sequence)}")
+        yield ("train.tokens_per_step", f"{tokens:,} is not a multiple of sequence_length {sequence:,}; must "
+               f"hold whole samples; set it to {nearest_multiples(tokens, sequence)}")
 
 
 def _length(run: RunFile) -> Iterator[Fault]:
@@ -91,8 +93,8 @@ def _decay(run: RunFile) -> Iterator[Fault]:
     given = [name for name in ("decay_steps", "decay_tokens") if getattr(schedule, name) is not None]
     given += ["decay_shape"] if "decay_shape" in schedule.model_fields_set else []
     for name in given:
-        yield (f"schedule.{name}", f"is given, and schedule.kind is \"{schedule.kind}\"; it belongs to \"wsd\" alone; "
-               "remove it or set kind to \"wsd\"")
+        yield (f"schedule.{name}", f"is given, and schedule.kind is \"{schedule.kind}\"; it belongs to "
+               "\"wsd\" alone; remove it or set kind to \"wsd\"")
 
 
 def _decay_multiple(run: RunFile) -> Iterator[Fault]:
@@ -105,21 +107,23 @@ def _phases_fit(run: RunFile) -> Iterator[Fault]:
         return
     key = "schedule.warmup_tokens" if run.schedule.warmup_tokens else "schedule.warmup_steps"
     if warmup >= total:
-        yield (key, f"is {warmup:,} steps, and the run has {total:,}; must be shorter than the run; shorten it")
+        yield (key, f"is {warmup:,} steps, and the run has {total:,}; must be shorter than the run; shorten "
+               "it")
     elif run.schedule.kind == "wsd" and warmup + decay > total:
-        yield ("schedule.decay_steps", f"warm-up of {warmup:,} and decay of {decay:,} steps are {warmup + decay:,}, and "
-               f"the run has {total:,}; must fit into the run; set the decay to at most {total - warmup:,} steps")
+        yield ("schedule.decay_steps", f"warm-up of {warmup:,} and decay of {decay:,} steps are "
+               f"{warmup + decay:,}, and the run has {total:,}; must fit into the run; set the decay to at "
+               f"most {total - warmup:,} steps")
 
 
 def _minimum_lr(run: RunFile) -> Iterator[Fault]:
     minimum, peak = run.schedule.min_lr, run.optimizer.lr
     if run.schedule.kind == "constant":
         if minimum:
-            yield ("schedule.min_lr", f"is {minimum}, and schedule.kind is \"constant\"; it would have no effect; "
-                   "remove it or choose another kind")
+            yield ("schedule.min_lr", f"is {minimum}, and schedule.kind is \"constant\"; it would have no "
+                   "effect; remove it or choose another kind")
     elif minimum >= peak:
-        yield ("schedule.min_lr", f"is {minimum}, optimizer.lr is {peak}; must be lower, or the rate never falls; "
-               f"lower it, e.g. to {peak / 10:.3g}")
+        yield ("schedule.min_lr", f"is {minimum}, optimizer.lr is {peak}; must be lower, or the rate never "
+               f"falls; lower it, e.g. to {peak / 10:.3g}")
 
 
 def _betas(run: RunFile) -> Iterator[Fault]:
@@ -133,55 +137,72 @@ def _sources(run: RunFile) -> Iterator[Fault]:
 
 
 def _held_out(run: RunFile) -> Iterator[Fault]:
-    yield from _prefixes((f"evaluation.prefixes[{i}]", prefix) for i, prefix in enumerate(run.evaluation.prefixes))
+    prefixes = run.evaluation.prefixes
+    yield from _prefixes((f"evaluation.prefixes[{i}]", prefix) for i, prefix in enumerate(prefixes))
 
 
 def _held_out_is_not_trained(run: RunFile) -> Iterator[Fault]:
     trained = {os.path.normpath(source.prefix) for source in run.data.sources}
     for i, prefix in enumerate(run.evaluation.prefixes):
         if os.path.normpath(prefix) in trained:
-            yield (f"evaluation.prefixes[{i}]", f'"{prefix}" is also in data.sources; held-out text must not be trained '
-                   "on; name the held-out dataset that preprocess_data.py wrote beside it")
+            yield (f"evaluation.prefixes[{i}]", f'"{prefix}" is also in data.sources; held-out text must not '
+                   "be trained on; name the held-out dataset that preprocess_data.py wrote beside it")
 
 
 def _evaluation(run: RunFile) -> Iterator[Fault]:
     evaluation = run.evaluation
     if evaluation.every_steps and not evaluation.prefixes:
-        yield ("evaluation.every_steps", f"is {evaluation.every_steps:,} without prefixes; there must be something to "
-               "evaluate on; give evaluation.prefixes or remove it")
+        yield ("evaluation.every_steps", f"is {evaluation.every_steps:,} without prefixes; there must be "
+               "something to evaluate on; give evaluation.prefixes or remove it")
     if evaluation.prefixes and not evaluation.every_steps:
-        yield ("evaluation.every_steps", "is missing, and evaluation.prefixes is given; must say how often; give it or "
-               "remove the prefixes")
+        yield ("evaluation.every_steps", "is missing, and evaluation.prefixes is given; must say how often; "
+               "give it or remove the prefixes")
     if evaluation.max_tokens is not None and not evaluation.prefixes:
-        yield ("evaluation.max_tokens", f"is {evaluation.max_tokens:,} without prefixes; there must be something to "
-               "evaluate on; give evaluation.prefixes or remove it")
+        yield ("evaluation.max_tokens", f"is {evaluation.max_tokens:,} without prefixes; there must be "
+               "something to evaluate on; give evaluation.prefixes or remove it")
 
 
 def _evaluation_tokens(run: RunFile) -> Iterator[Fault]:
     most, sequence = run.evaluation.max_tokens, run.train.sequence_length
     if most is not None and most < sequence:
-        yield ("evaluation.max_tokens", f"is {most:,}, train.sequence_length {sequence:,}; must hold at least one "
-               "sample; raise it")
+        yield ("evaluation.max_tokens", f"is {most:,}, train.sequence_length {sequence:,}; must hold at "
+               "least one sample; raise it")
 
 
 def _retention(run: RunFile) -> Iterator[Fault]:
     every, keep = run.checkpoint.every_steps, run.checkpoint.keep_every_steps
     if keep is not None and keep % every:
-        yield ("checkpoint.keep_every_steps", f"{keep:,} is not a multiple of every_steps {every:,}; must be, or no such "
-               f"checkpoint is ever written; set it to {nearest_multiples(keep, every)}")
+        yield ("checkpoint.keep_every_steps", f"{keep:,} is not a multiple of every_steps {every:,}; must "
+               f"be, or no such checkpoint is ever written; set it to {nearest_multiples(keep, every)}")
 
 
 def _energy(run: RunFile) -> Iterator[Fault]:
     if run.energy.enabled and run.energy.country_iso_code is None:
-        yield ("energy.country_iso_code", "is missing; must be an ISO 3166 alpha-3 code, for the grid's carbon intensity "
-               "is never guessed; add e.g. \"BRA\", or set energy.enabled = false")
+        yield ("energy.country_iso_code", "is missing; must be an ISO 3166 alpha-3 code, for the grid's "
+               "carbon intensity is never guessed; add e.g. \"BRA\", or set energy.enabled = false")
 
 
 def _start_from(run: RunFile) -> Iterator[Fault]:
     start, folder = run.run.start_from, os.path.normpath(run.run.dir)
     if start is not None and (os.path.normpath(start) + os.sep).startswith(folder + os.sep):
-        yield ("run.start_from", f'"{start}" lies in run.dir; must belong to another run: this one resumes by itself; '
-               "remove it or give another run.dir")
+        yield ("run.start_from", f'"{start}" lies in run.dir; must belong to another run: this one resumes '
+               "by itself; remove it or give another run.dir")
+
+
+def _paths(run: RunFile) -> Iterator[Fault]:
+    named = [("run.dir", run.run.dir), ("run.start_from", run.run.start_from or "x")]
+    named += [(f"data.sources[{i}].prefix", source.prefix) for i, source in enumerate(run.data.sources)]
+    named += [(f"evaluation.prefixes[{i}]", prefix) for i, prefix in enumerate(run.evaluation.prefixes)]
+    for key, path in named:
+        if not path.isprintable() or not path.strip():
+            yield (key, f"is {path!r}; must be a path of printable characters; write one")
+
+
+def _countable(run: RunFile) -> Iterator[Fault]:
+    tokens = run.total_steps * run.train.tokens_per_step
+    if tokens >= 2**63:
+        yield ("train.tokens" if run.train.tokens else "train.steps", f"makes {tokens:.1e} tokens; must be "
+               "fewer than 2^63, the largest count of a token; shorten the run")
 
 
 def _one_of(a: int | None, b: int | None, name_a: str, name_b: str, required: bool) -> Iterator[Fault]:
@@ -194,8 +215,9 @@ def _one_of(a: int | None, b: int | None, name_a: str, name_b: str, required: bo
 
 def _multiple(key: str, tokens: int | None, run: RunFile) -> Iterator[Fault]:
     if tokens is not None and tokens % run.train.tokens_per_step:
-        yield (key, f"{tokens:,} is not a multiple of tokens_per_step {run.train.tokens_per_step:,}; must be whole "
-               f"steps, for it is never rounded; set it to {nearest_multiples(tokens, run.train.tokens_per_step)}")
+        yield (key, f"{tokens:,} is not a multiple of tokens_per_step {run.train.tokens_per_step:,}; must be "
+               "whole steps, for it is never rounded; set it to "
+               f"{nearest_multiples(tokens, run.train.tokens_per_step)}")
 
 
 def _prefixes(named: Iterable[tuple[str, str]]) -> Iterator[Fault]:
@@ -206,7 +228,8 @@ def _prefixes(named: Iterable[tuple[str, str]]) -> Iterator[Fault]:
             yield (key, f'is "{prefix}"; must be the path without its ending; write "{stem}"')
         first = seen.setdefault(os.path.normpath(prefix), key)
         if first != key:
-            yield (key, f'"{prefix}" is already {first}; a dataset may be named once; remove it or add up the weights')
+            yield (key, f'"{prefix}" is already {first}; a dataset may be named once; remove it or add up '
+                   'the weights')
 
 
 _LENGTH = ("train.steps", "train.tokens", "train.tokens_per_step")
@@ -235,17 +258,21 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[RunFile], Iterator[Fault]]], ...]
     (("checkpoint.every_steps", "checkpoint.keep_every_steps"), _retention),
     (("energy.enabled", "energy.country_iso_code"), _energy),
     (("run.dir", "run.start_from"), _start_from),
+    (("run.dir", "run.start_from", "data.sources", "evaluation.prefixes"), _paths),
+    (_LENGTH, _countable),
 )
 
 
-def accumulation_fault(tokens_per_step: int, sequence_length: int, micro_batch: int, data_parallel_size: int) -> str:
-    """Return the fault when a step is not a whole number of passes, with the nearest values that are; '' otherwise."""
+def accumulation_fault(tokens_per_step: int, sequence_length: int, micro_batch: int,
+                       data_parallel_size: int) -> str:
+    """Return the fault of a step that is no whole number of passes, with those near that are, or nothing."""
     samples = tokens_per_step // sequence_length
     passes = micro_batch * data_parallel_size
     if tokens_per_step % sequence_length or samples % passes == 0:
         return ""  # the former is a fault of the run file alone
-    equation = (f"{micro_batch:,} micro batch x {sequence_length:,} sequence x {data_parallel_size:,} data-parallel "
-                f"= {passes * sequence_length:,} tokens do not divide tokens_per_step {tokens_per_step:,}")
+    equation = (f"{micro_batch:,} micro batch x {sequence_length:,} sequence x {data_parallel_size:,} "
+                f"data-parallel = {passes * sequence_length:,} tokens do not divide tokens_per_step "
+                f"{tokens_per_step:,}")
     if samples % data_parallel_size:
         do = f"use a number of processes that divides {samples:,} samples"
     else:
@@ -254,7 +281,8 @@ def accumulation_fault(tokens_per_step: int, sequence_length: int, micro_batch: 
         near = sorted(sorted(fitting, key=lambda m: abs(m - micro_batch))[:2])
         do = f"set train_micro_batch_size_per_gpu to {' or '.join(f'{m:,}' for m in near)}"
     multiples = nearest_multiples(tokens_per_step, passes * sequence_length)
-    return f"{equation}; must divide, the accumulation is derived from it; {do}, or train.tokens_per_step to {multiples}"
+    return (f"{equation}; must divide, the accumulation is derived from it; {do}, or train.tokens_per_step "
+            f"to {multiples}")
 
 
 def check_world(settings: Settings, data_parallel_size: int) -> list[str]:
@@ -273,4 +301,5 @@ def accumulation(settings: Settings, data_parallel_size: int) -> int:
     from megatron_ttl.errors import ConfigError, raise_faults
 
     raise_faults(ConfigError, check_world(settings, data_parallel_size))
-    return settings.run.samples_per_step // (settings.profile.train_micro_batch_size_per_gpu * data_parallel_size)
+    samples = settings.profile.train_micro_batch_size_per_gpu * data_parallel_size
+    return settings.run.samples_per_step // samples

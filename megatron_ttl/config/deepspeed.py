@@ -1,4 +1,4 @@
-"""The machine profile (DeepSpeed JSON): which keys we honour, who owns the others, and what DeepSpeed receives."""
+"""The machine profile (DeepSpeed JSON): the keys we honour, who owns the others, what DeepSpeed receives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NEVER = 2**31 - 1  # steps_per_print: the lines of a run are ours
 class ZeroConfig(Section):
     """How the state of the training is spread over the processes. Left out: DeepSpeed's own default."""
 
-    stage: Literal[0, 1, 2, 3]
+    stage: int = Field(ge=0, le=3)
     """0 nothing, 1 moments, 2 gradients too, 3 weights too. Use 1 on one process as well."""
     overlap_comm: bool | None = None
     """Reduce gradients while the backward pass is still running."""
@@ -91,7 +91,8 @@ _RUN_OWNED = {
     "steps_per_print": "log.every_steps of the run file owns it",
 }
 _NOT_OFFERED = {
-    "fp16": "fp16 needs loss scaling, which is not in this release; use {\"bf16\": {\"enabled\": true}} or fp32",
+    "fp16": "fp16 needs loss scaling, which is not in this release; use {\"bf16\": {\"enabled\": true}} or "
+            "fp32",
     "torch_autocast": "bf16 with fp32 master weights is offered instead: {\"bf16\": {\"enabled\": true}}",
     "activation_checkpointing": "recomputing activations is not available yet; lower the micro batch",
     "tensor_parallel": "the degrees stand in \"parallel\": {\"tensor\": 1, \"pipeline\": 1}",
@@ -117,19 +118,23 @@ _NOT_OFFERED = {
     "memory_breakdown": "the log line and metrics.jsonl give the memory",
     "dataloader_drop_last": "the samples of a step are a function of run.seed of the run file",
     "aio": "offloading is not available yet",
-    "zero_optimization.offload_optimizer": "offloading is not available yet; use a higher stage or a smaller micro batch",
-    "zero_optimization.offload_param": "offloading is not available yet; use a higher stage or a smaller micro batch",
-    "zero_optimization.cpu_offload": "offloading is not available yet; use a higher stage or a smaller micro batch",
+    "zero_optimization.offload_optimizer": "offloading is not available yet; use a higher stage or a smaller "
+                                           "micro batch",
+    "zero_optimization.offload_param": "offloading is not available yet; use a higher stage or a smaller "
+                                       "micro batch",
+    "zero_optimization.cpu_offload": "offloading is not available yet; use a higher stage or a smaller micro "
+                                     "batch",
     "zero_optimization.compute_grad_norm": "the norm is logged and clipped, so it is always computed",
     "zero_optimization.allgather_partitions": "it stays at DeepSpeed's default",
     "zero_optimization.round_robin_gradients": "it helps offloading alone, which is not available yet",
     "zero_optimization.sub_group_size": "it helps offloading alone, which is not available yet",
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "our own checkpoint store gathers the weights",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save":
+        "our own checkpoint store gathers the weights",
     "data_types.param_dtype": "\"bf16\" decides it",
 }
 _REMOVED = (
-    "nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue", "sparse_attention",
-    "elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop",
+    "nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue",
+    "sparse_attention", "elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop",
     "zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather",
     "zero_optimization.zeropp_loco_param",
 )
@@ -145,10 +150,11 @@ def take_notes_and_owned(raw: dict[str, Any]) -> tuple[dict[str, Any], list[Faul
         if key in _RUN_OWNED:
             del kept[key]
             if value != "auto":
-                faults.append((key, f"has a value; must be {_AUTO}: {_RUN_OWNED[key]}; remove it here and set it there"))
+                faults.append((key, f"has a value; must be {_AUTO}: {_RUN_OWNED[key]}; remove it here and "
+                               "set it there"))
         elif key == "_comment":
             del kept[key]
-            if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            if any(not isinstance(text, str) for text in (value if isinstance(value, list) else [value])):
                 faults.append((key, "is neither text nor a list of texts; must be one of them; rewrite it"))
         elif key == "_device":
             del kept[key]
@@ -169,26 +175,28 @@ def take_notes_and_owned(raw: dict[str, Any]) -> tuple[dict[str, Any], list[Faul
 def _refusal(key: str) -> str:
     if key in _REMOVED:
         return "was removed from DeepSpeed in 0.19.8; must be absent; remove it"
-    return f"is not available here; must be absent: {_NOT_OFFERED[key]}; remove it" if key in _NOT_OFFERED else ""
+    why = _NOT_OFFERED.get(key)
+    return f"is not available here; must be absent: {why}; remove it" if why else ""
 
 
 def profile_faults(profile: DeepSpeedProfile, wrong: frozenset[str]) -> list[Fault]:
-    """Return the faults between the keys of a profile, leaving out rules about keys that are `wrong` by themselves."""
+    """Return the faults between the keys of a profile; keys that are `wrong` by themselves are left out."""
     faults: list[Fault] = []
     bf16 = "bf16" not in wrong and "bf16.enabled" not in wrong and profile.precision == "bf16"
-    if bf16 and not wrong & {"zero_optimization", "zero_optimization.stage"} and profile.zero_optimization.stage == 0:
-        faults.append(("zero_optimization.stage", "is 0 with bf16; must be 1, 2 or 3: DeepSpeed's stage 0 makes an empty "
-                       "optimizer step first in bf16, so Adam counts its first step twice; use stage 1, which takes the "
-                       "same memory on one process"))
+    if bf16 and "zero_optimization.stage" not in wrong and profile.zero_optimization.stage == 0:
+        faults.append(("zero_optimization.stage", "is 0 with bf16; must be 1, 2 or 3: DeepSpeed's stage 0 "
+                       "makes an empty optimizer step first in bf16, so Adam counts its first step twice; "
+                       "use stage 1, which takes the same memory on one process"))
     if not bf16 and "communication_data_type" not in wrong and profile.communication_data_type == "bf16":
-        faults.append(("communication_data_type", "is \"bf16\" in an fp32 run; must be \"fp32\" there, or gradients are "
-                       "rounded on their way; remove it or enable bf16"))
+        faults.append(("communication_data_type", "is \"bf16\" in an fp32 run; must be \"fp32\" there, or "
+                       "gradients are rounded on their way; remove it or enable bf16"))
     for degree in ("tensor", "pipeline"):
         if profile.parallel is not None and f"parallel.{degree}" not in wrong and "parallel" not in wrong:
             value = getattr(profile.parallel, degree)
             if value != 1:
-                faults.append((f"parallel.{degree}", f"is {value:,}; must be 1 in this release: other degrees are not "
-                               "available yet; set it to 1 (data-parallel processes and ZeRO work)"))
+                faults.append((f"parallel.{degree}", f"is {value:,}; must be 1 in this release: other "
+                               "degrees are not available yet; set it to 1 (data-parallel processes and ZeRO "
+                               "work)"))
     return faults
 
 
@@ -212,7 +220,7 @@ def resolve_deepspeed(settings: Settings, data_parallel_size: int) -> dict[str, 
         "steps_per_print": _NEVER,
         "wall_clock_breakdown": profile.wall_clock_breakdown,
         "zero_allow_untested_optimizer": True,
-        # DeepSpeed's throughput timer waits for the device twice in every micro step; our log line does not need it.
+        # DeepSpeed's throughput timer waits for the device twice in every micro step; our line needs none.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
     if bf16:

@@ -1,4 +1,4 @@
-"""Say what a key of a schema must hold, from the schema itself: for error messages and for `show_config.py --docs`."""
+"""Say what a key of a schema must hold, from the schema itself: for errors and `show_config.py --docs`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 _BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false",
+                          str: "a text in quotes"}
 
 
 def plain_type(field: FieldInfo) -> Any:
@@ -63,8 +64,9 @@ def _type_words(annotation: Any) -> str:
         if inner[-1] is not Ellipsis:
             return f"a list of {len(inner)} numbers"
         table = section_type(annotation)
-        return "a list of tables {" + ", ".join(f"{k} = ..." for k in table.model_fields) + "}" if table else \
-            "a list of texts"
+        if table is None:
+            return "a list of texts"
+        return "a list of tables {" + ", ".join(f"{name} = ..." for name in table.model_fields) + "}"
     return _WORDS.get(annotation, "a table")
 
 
@@ -73,7 +75,7 @@ def _bound(value: float) -> str:
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """List the dotted keys of a schema at every depth, tables included; `x[].y` is a key of the tables in list x."""
+    """List the dotted keys of a schema, tables included; `x[].y` is a key of the tables in list x."""
     return [path for path, _, _ in walk(model, prefix)]
 
 
@@ -111,7 +113,8 @@ def field_texts(model: type[BaseModel]) -> dict[str, str]:
     """Read the text under each field of a schema from its source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(model))).body[0]
     assert isinstance(body, ast.ClassDef)
-    return {field.target.id: str(text.value.value) for field, text in zip(body.body, body.body[1:], strict=False)
+    return {field.target.id: str(text.value.value)
+            for field, text in zip(body.body, body.body[1:], strict=False)
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
             and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)}
 
@@ -139,7 +142,7 @@ def show(value: Any) -> str:
 
 
 def resolved_rows(settings: Any) -> list[dict[str, str]]:
-    """Return key, value, origin, requirement and documentation of every setting, the run file's before the profile's."""
+    """Return key, value, origin, requirement and documentation of every setting, the run file's first."""
     rows = []
     for part in (settings.run, settings.profile):
         for key, must_be, _, text in documentation(type(part)):
@@ -147,8 +150,9 @@ def resolved_rows(settings: Any) -> list[dict[str, str]]:
             for name in key.split("."):
                 value = getattr(value, name, None)
             if "[]" not in key:
-                rows.append({"key": key, "value": show(_plain(value)), "origin": settings.origins.get(key, "default"),
-                             "must be": must_be, "documentation": text})
+                rows.append({"key": key, "value": show(_plain(value)),
+                             "origin": settings.origins.get(key, "default"), "must be": must_be,
+                             "documentation": text})
     return rows
 
 

@@ -22,7 +22,7 @@ from megatron_ttl.config.overrides import apply_overrides
 from megatron_ttl.config.read import parse_json, parse_toml, read_text
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.config.suggest import did_you_mean, nearest_keys, split_key
-from megatron_ttl.config.validate import Checked, validate
+from megatron_ttl.config.validate import Checked, validate, without_indices
 from megatron_ttl.errors import ConfigError, raise_faults
 
 __all__ = ["Reading", "Settings", "accumulation", "check_world", "load_settings", "read_settings"]
@@ -33,9 +33,14 @@ DEFAULT = "default"
 _OTHER_NAMES = {  # what the same thing is called elsewhere
     "learning_rate": "optimizer.lr", "max_lr": "optimizer.lr", "wd": "optimizer.weight_decay",
     "adam_beta1": "optimizer.betas", "adam_beta2": "optimizer.betas", "adam_epsilon": "optimizer.eps",
-    "grad_clip": "train.gradient_clipping", "clip_grad": "train.gradient_clipping", "clip": "train.gradient_clipping",
-    "max_steps": "train.steps", "train_iters": "train.steps", "total_steps": "train.steps", "epochs": "train.tokens",
-    "seq_length": "train.sequence_length", "seq_len": "train.sequence_length", "block_size": "train.sequence_length",
+    "grad_clip": "train.gradient_clipping", "clip_grad": "train.gradient_clipping",
+    "clip": "train.gradient_clipping",
+    "train_batch_size": "train.tokens_per_step", "gradient_accumulation_steps": "train.tokens_per_step",
+    "steps_per_print": "log.every_steps",
+    "max_steps": "train.steps", "train_iters": "train.steps", "total_steps": "train.steps",
+    "epochs": "train.tokens",
+    "seq_length": "train.sequence_length", "seq_len": "train.sequence_length",
+    "block_size": "train.sequence_length",
     "num_layers": "model.num_hidden_layers", "n_layer": "model.num_hidden_layers",
     "num_heads": "model.num_attention_heads", "n_head": "model.num_attention_heads",
     "ffn_hidden_size": "model.intermediate_size", "dim": "model.hidden_size", "d_model": "model.hidden_size",
@@ -47,7 +52,7 @@ _OTHER_NAMES = {  # what the same thing is called elsewhere
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run needs to know, checked; where each value came from; and both files as they were given."""
+    """Everything a run needs to know, checked; where each value came from; both files as they were given."""
 
     run: RunFile
     profile: DeepSpeedProfile
@@ -88,14 +93,18 @@ def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
     """Read and check everything; with `data_parallel_size`, also how the steps are shared out."""
     run_path, deepspeed_path = Path(run_config), Path(deepspeed_config)
     run_text, faults = read_text(run_path, "a run file in TOML", "--config")
-    deepspeed_text, more = read_text(deepspeed_path, "a DeepSpeed configuration in JSON", "--deepspeed_config")
+    what = "a DeepSpeed configuration in JSON"
+    deepspeed_text, more = read_text(deepspeed_path, what, "--deepspeed_config")
     faults += more
     run, run_origin, more = _check_run(run_text, run_path, list(overrides))
     faults += more
     profile, origin, device, more = _check_profile(deepspeed_text, deepspeed_path)
     faults += more
     wrong = run.wrong | profile.wrong
-    if data_parallel_size is not None and not wrong & {
+    if data_parallel_size is not None and data_parallel_size < 1:
+        faults.append(f"{COMMAND_LINE}: --data-parallel-size: is {data_parallel_size:,}; must be a whole "
+                      "number > 0; give the number of processes")
+    elif data_parallel_size is not None and not wrong & {
             "train", "train.tokens_per_step", "train.sequence_length", "train_micro_batch_size_per_gpu"}:
         fault = accumulation_fault(run.value.train.tokens_per_step, run.value.train.sequence_length,
                                    profile.value.train_micro_batch_size_per_gpu, data_parallel_size)
@@ -115,7 +124,8 @@ def _check_run(text: str, path: Path, overrides: list[str]
         # Nothing of the file is known: say nothing about what it lacks, and apply no rule.
         return Checked(checked.value, (), frozenset(known_keys(RunFile))), {}, faults
     found = [*checked.faults, *run_faults(checked.value, checked.wrong)]
-    faults += [f"{COMMAND_LINE if key.partition('[')[0] in given else path}: {key}: {fault}" for key, fault in found]
+    faults += [f"{COMMAND_LINE if key.partition('[')[0] in given else path}: {key}: "
+               f"{fault}" for key, fault in found]
     origins = {}
     for key in leaf_keys(RunFile):
         section, leaf = split_key(key)
@@ -124,7 +134,8 @@ def _check_run(text: str, path: Path, overrides: list[str]
     return checked, origins, faults
 
 
-def _check_profile(text: str, path: Path) -> tuple[Checked[DeepSpeedProfile], dict[str, str], str | None, list[str]]:
+def _check_profile(text: str, path: Path
+                   ) -> tuple[Checked[DeepSpeedProfile], dict[str, str], str | None, list[str]]:
     raw, broken = parse_json(text, path) if text else ({}, [])
     kept, bad = take_notes_and_owned(raw)
     checked = validate(DeepSpeedProfile, kept, _unknown_in_profile)
@@ -141,8 +152,8 @@ def _check_profile(text: str, path: Path) -> tuple[Checked[DeepSpeedProfile], di
 
 
 def _unknown_in_run(key: str) -> tuple[str, set[str]]:
-    others = [*known_keys(DeepSpeedProfile), *OWNED_KEYS]
-    return _unknown(key, known_keys(RunFile), others, "the run file", "the DeepSpeed JSON")
+    own, others = known_keys(RunFile), known_keys(DeepSpeedProfile)
+    return _unknown(key, own, others, "the run file", "the DeepSpeed JSON")
 
 
 def _unknown_in_profile(key: str) -> tuple[str, set[str]]:
@@ -152,7 +163,7 @@ def _unknown_in_profile(key: str) -> tuple[str, set[str]]:
 
 def _unknown(key: str, own: list[str], others: list[str], file: str, other_file: str) -> tuple[str, set[str]]:
     """Return the fault of an unknown key, and the keys of this file that were probably meant."""
-    path = "".join(char for char in key if not char.isdigit()) if "[" in key else key
+    path = without_indices(key)
     leaf = split_key(path)[1].lower()
     here, there = nearest_keys(path, own), nearest_keys(path, others)
     if leaf in _OTHER_NAMES and leaf not in {split_key(name)[1] for name in (*here, *there)}:
@@ -169,10 +180,11 @@ def _unknown(key: str, own: list[str], others: list[str], file: str, other_file:
     section = split_key(path)[0]
     if here:
         elsewhere = sorted({split_key(name)[0] for name in here if split_key(name)[0] != section})
-        place = "must stand " + " or ".join(f"in [{name}]" if name else "at the top" for name in elsewhere) if elsewhere \
-            else "must be spelt as it knows it"
+        place = "must stand " + " or ".join(f"in [{name}]" if name else "at the top" for name in elsewhere)
         owned = " (the run file owns it)" if any(name in OWNED_KEYS for name in here) else ""
-        return f"is not a key of {file} here; {place}; {did_you_mean(here)}{owned}", set(here)
+        return (f"is not a key of {file}{' here' if elsewhere else ''}; "
+                f"{place if elsewhere else 'must be one of its keys'}; "
+                f"{did_you_mean(here)}{owned}", set(here))
     siblings = [split_key(name)[1] for name in own if split_key(name)[0] == section]
     expected = ", ".join(siblings) if siblings else ", ".join(name for name in own if "." not in name)
     return f"is not a key of {file}; must be one of {expected}; remove it", set()

@@ -25,9 +25,11 @@ def parse_value(text: str) -> tuple[Any, str]:
     except (ValueError, RecursionError) as error:
         if text[:1] in ("[", "{", '"', "'"):
             reason = str(error).partition(" (at ")[0]
-            return None, f"is {text}; must be TOML ({reason}); put quotes around texts and the whole in single quotes"
+            return None, (f"is {text}; must be TOML ({reason}); put quotes around texts and single quotes "
+                          "around the whole")
         if not text or any(not char.isprintable() for char in text):
-            return None, "has no value; must be key=value; write one after the sign ('none' takes an optional key away)"
+            return None, ("has no value; must be key=value; write one after the sign ('none' takes an "
+                          "optional key away)")
         return text, ""
     if set(table) != {"value"}:
         return None, f"holds more than one value ({text!r}); must be one; write one override for each key"
@@ -55,7 +57,7 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str], unknown: Callable
         elif key in given:
             fault = "is given twice; a key may be given once; remove one of the two"
         elif key in sections:
-            fault = f"is a whole section; must be section.key=value; write one override for each key, {key}.<key>=..."
+            fault = f"is a whole section; must be section.key=value; write one for each key, {key}.<key>=..."
         elif key not in known:
             fault = unknown(key)[0]
         if fault:

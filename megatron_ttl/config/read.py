@@ -45,8 +45,9 @@ def parse_toml(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     except tomllib.TOMLDecodeError as error:
         place = _TOML_PLACE.match(str(error))
         where = f"{path}:{place['line']}:{place['column']}" if place else str(path)
-        return {}, [f"{where}: {place['what'] if place else error}; the run file must be TOML; repair this line"]
-    except (RecursionError, ValueError) as error:  # nested a thousand deep, or a number of thousands of digits
+        return {}, [f"{where}: {place['what'] if place else error}; the run file must be TOML; repair this "
+                    "line"]
+    except (RecursionError, ValueError) as error:  # nested thousands deep, or as many digits
         return {}, [f"{path}: {error}; the run file must be TOML; repair it"]
 
 
@@ -66,7 +67,13 @@ def parse_json(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     except (RecursionError, ValueError) as error:
         return {}, [f"{path}: {error}; the DeepSpeed configuration must be JSON; repair it"]
     if not isinstance(value, dict):
-        return {}, [f"{path}: holds {json.dumps(value)[:40]}; it must hold one JSON object; put the keys into {{...}}"]
+        return {}, [f"{path}: holds {json.dumps(value)[:40]}; it must hold one JSON object; put the keys "
+                    "into {...}"]
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return {}, [f"{path}: holds half a character (\\ud800 to \\udfff alone); must be Unicode; repair "
+                    "that text"]
     return value, []
 
 

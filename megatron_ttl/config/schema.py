@@ -26,7 +26,7 @@ class RunConfig(Section):
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of the initial weights and of the data order."""
     start_from: str | None = None
-    """Checkpoint folder of another run to branch from (weights, moments and data position), e.g. for a WSD decay."""
+    """Checkpoint folder of another run to branch from (weights, moments, position), e.g. for a WSD decay."""
 
 
 class ModelConfig(Section):
@@ -167,7 +167,7 @@ class EnergyConfig(Section):
     enabled: bool = True
     """Measure; a failure of the tracker never stops the run."""
     country_iso_code: str | None = Field(default=None, pattern="^[A-Z]{3}$")
-    """Country whose electricity is used, ISO 3166 alpha-3 (BRA, DEU, PRT ...); required while enabled, never guessed."""
+    """Country whose electricity is used, ISO 3166 alpha-3 (BRA, PRT ...); required while enabled."""
     measure_power_s: float = Field(default=15.0, gt=0)
     """Seconds between two readings of the power."""
 

@@ -1,4 +1,4 @@
-"""Find the key a user meant: one letter dropped, two swapped, another case, or the right key in the wrong section."""
+"""Find the key a user meant: letters dropped or swapped, another case, the right key in the wrong section."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ def split_key(path: str) -> tuple[str, str]:
 
 
 def nearest_keys(path: str, known: Iterable[str]) -> list[str]:
-    """Return the known dotted keys nearest to `path`; empty when nothing is near, several when equally near."""
+    """Return the known dotted keys nearest to `path`: none if nothing is near, several if equally near."""
     parent, leaf = split_key(path)
     leaf = _plain(leaf)
     limit = max(1.0, len(leaf) / 3)
     scored: list[tuple[float, str]] = []
     for candidate in known:
         candidate_parent, candidate_leaf = split_key(candidate)
-        cost = _leaf_cost(leaf, _plain(candidate_leaf))
+        candidate_leaf = _plain(candidate_leaf)
+        if abs(len(candidate_leaf) - len(leaf)) > max(limit, 2):  # too far for any letters, or a plural
+            continue
+        cost = _leaf_cost(leaf, candidate_leaf)
         if cost <= limit:
             scored.append((cost + (0.0 if candidate_parent == parent else _ELSEWHERE), candidate))
     if not scored:

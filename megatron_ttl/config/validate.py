@@ -1,4 +1,4 @@
-"""Check a table against its schema and turn every finding into a sentence with the key, the rule and the way out."""
+"""Check a table against its schema; turn each finding into a sentence with key, rule and way out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_ttl.config.describe import field_texts, is_list, known_keys, plain_type, requirement, section_type, show
+from megatron_ttl.config.describe import (
+    field_texts,
+    is_list,
+    known_keys,
+    plain_type,
+    requirement,
+    section_type,
+    show,
+)
 from megatron_ttl.config.suggest import did_you_mean, nearest_words
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -25,29 +33,31 @@ class Checked(Generic[Model]):
     """A table after its check: the rules between keys can still be applied to the keys that are right."""
 
     value: Model
-    """Complete when there are no faults; otherwise the keys in `wrong` are absent or stand at their default."""
+    """Complete when there are no faults; else the keys in `wrong` are absent or stand at their default."""
     faults: tuple[tuple[str, str], ...]
     """(dotted key, `what it is; what it must be; what to do`)."""
     wrong: frozenset[str]
     """Dotted keys, sections included, whose value cannot be used."""
 
 
-def validate(model: type[Model], raw: dict[str, Any], unknown: Callable[[str], tuple[str, set[str]]]) -> Checked[Model]:
+def validate(model: type[Model], raw: dict[str, Any],
+             unknown: Callable[[str], tuple[str, set[str]]]) -> Checked[Model]:
     """Check `raw` against `model`, strictly and at every depth, and collect all faults.
 
-    `unknown` returns, for a key that the schema does not know, the fault and the keys that were probably meant; these
-    are then not reported as missing.
+    `unknown` returns, for a key that the schema does not know, the fault and the keys that were probably
+    meant; these are then not reported as missing.
     """
     model.model_rebuild()
     faults: dict[str, str] = {}
     wrong: set[str] = set()
     plain = _without_strange_values(raw, (), faults)
     wrong.update(map(_leaf_of, faults))
+    strange = tuple(faults)
     missing: dict[str, str] = {}
     meant: set[str] = set()
     for path, kind in _errors(model, plain):
         key = dotted(path)
-        if any(key == other or key.startswith((other + ".", other + "[")) for other in faults):
+        if any(key == other or key.startswith((other + ".", other + "[")) for other in strange):
             continue
         if kind == "extra_forbidden":
             faults[key], names = unknown(key)
@@ -59,9 +69,10 @@ def validate(model: type[Model], raw: dict[str, Any], unknown: Callable[[str], t
         (missing if is_missing else faults)[key] = text
         wrong.add(_leaf_of(key))
     wrong |= {key for key in known_keys(model) if any(key.startswith(section + ".") for section in wrong)}
-    faults |= {key: text for key, text in missing.items() if re.sub(r"\d", "", key) not in meant}
+    faults |= {key: text for key, text in missing.items() if without_indices(key) not in meant}
     # A list with a faulty element is also reported as too short; the element says it better.
-    faults = {key: text for key, text in faults.items() if not any(other.startswith(key + "[") for other in faults)}
+    lists = {_leaf_of(key) for key in faults if "[" in key}
+    faults = {key: text for key, text in faults.items() if key not in lists}
     if faults or wrong:
         return Checked(_partial(model, plain, wrong), tuple(faults.items()), frozenset(wrong))
     # JSON mode: arrays become tuples and 1 becomes 1.0 where the schema says so; all else stays strict.
@@ -69,8 +80,18 @@ def validate(model: type[Model], raw: dict[str, Any], unknown: Callable[[str], t
 
 
 def dotted(path: Path) -> str:
-    """Return ('data', 'sources', 0, 'prefix') as 'data.sources[0].prefix'."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    """Return ('data', 'sources', 0, 'prefix') as 'data.sources[0].prefix', odd keys in quotes."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{quoted(part)}" for part in path)[1:]
+
+
+def quoted(part: str) -> str:
+    """Return one key as TOML would have it: 'a.b' and what has spaces or control characters in quotes."""
+    return part if re.fullmatch(r"[\w-]+", part) else json.dumps(part, ensure_ascii=False)
+
+
+def without_indices(key: str) -> str:
+    """Return 'data.sources[0].prefix' as 'data.sources[].prefix', the way the schema's keys are listed."""
+    return re.sub(r"\[\d+\]", "[]", key)
 
 
 def _leaf_of(key: str) -> str:
@@ -107,7 +128,7 @@ def _explain(model: type[BaseModel], plain: dict[str, Any], path: Path, kind: st
     schema: type[BaseModel] | None = model
     value: Any = plain
     absent = False
-    for part in path:  # go down to the last key that the schema names: an element of a plain list is not reported alone
+    for part in path:  # down to the last key that the schema names: an element of a plain list has no name
         if schema is None:
             break
         key += (part,)
@@ -126,7 +147,7 @@ def _explain(model: type[BaseModel], plain: dict[str, Any], path: Path, kind: st
         doc = f" ({doc})" if doc else ""
         return name, f"is missing; must be {requirement(field)}; add it{doc}", True
     if schema is not None and (isinstance(key[-1], int) or not is_list(field.annotation)):
-        return name, f"is {show(value)}; must be a table; write its keys under [{_leaf_of(name)}]", False
+        return name, f"is {show(value)}; must be a table; write a table of its keys", False
     if kind == "json_invalid":
         raise AssertionError(f"{name}: what json.dumps wrote is JSON")
     return name, f"is {show(value)}; must be {requirement(field)}; {_advice(field, value, doc)}", False

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ttl.console import progress
 from megatron_ttl.config.schema import ModelConfig
+from megatron_ttl.console import progress
 from megatron_ttl.errors import UserError, raise_faults
 from megatron_ttl.generate.kv_cache import StaticCache, build_caches
 from megatron_ttl.generate.open_folder import OpenModel, open_model_folder

@@ -10,7 +10,8 @@ from torch import Tensor
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute RMSNorm over the last dimension in fp32 and round once at the end.
 
-    Source: Zhang & Sennrich 2019, equation 4. Hugging Face's Llama rounds once more before the weight; in fp32 both agree.
+    Source: Zhang & Sennrich 2019, equation 4. Hugging Face's Llama rounds once more before the weight; in fp32 both
+    agree.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

@@ -1,6 +1,7 @@
 """Llama-2 as a list of layers, each Tensor -> Tensor.
 
-Shapes: b micro batch, s sequence, h hidden, n query heads, k key/value heads, d head size, f intermediate, v vocabulary.
+Shapes: b micro batch, s sequence, h hidden, n query heads, k key/value heads, d head size, f intermediate,
+v vocabulary.
 """
 
 from __future__ import annotations

@@ -9,12 +9,17 @@ from typing import Any
 
 from megatron_ttl.config.checks import accumulation
 from megatron_ttl.config.load import Settings, read_settings
-from megatron_ttl.config.schema import RunFile
+from megatron_ttl.config.schema import EnergyConfig, RunFile
 from megatron_ttl.console import print_result
 from megatron_ttl.data.manifest import DatasetManifest, dataset_paths, read_manifest
 from megatron_ttl.errors import ConfigError, UserError, raise_faults
 from megatron_ttl.files import human_bytes, require_free_space
-from megatron_ttl.model.flops import BYTES_PER_PARAMETER, count_parameters, embedding_parameters, flops_per_token
+from megatron_ttl.model.flops import (
+    BYTES_PER_PARAMETER,
+    count_parameters,
+    embedding_parameters,
+    flops_per_token,
+)
 from megatron_ttl.train.device_peaks import peak_flops_per_s
 from megatron_ttl.train.open_data import open_data
 from megatron_ttl.train.schedule import Schedule
@@ -22,6 +27,9 @@ from megatron_ttl.train.schedule import Schedule
 ASSUMED_MFU = 0.40
 MAX_USEFUL_EPOCHS = 4
 """Source: Muennighoff et al. 2023, section 6: repeating data up to four times costs next to nothing."""
+
+_NEEDED_TO_OPEN_DATA = ("data.sources", "train.sequence_length", "model.vocab_size", "run.seed",
+                        "evaluation.prefixes", "evaluation.max_tokens")
 
 BOARD_POWER_W = {"A100": 400, "H100": 700, "H200": 700}
 """Largest power of the SXM board, without the host.
@@ -82,8 +90,11 @@ def _duration(device: str | None, flops: float, data_parallel_size: int) -> dict
     if device is None or peak is None:
         return {}
     hours = flops / (peak * ASSUMED_MFU * data_parallel_size) / 3600
-    kwh = hours * data_parallel_size * BOARD_POWER_W[device] / 1000
-    return {"device": device, "hours_at_40_percent_mfu": hours, "kwh_of_the_boards": kwh}
+    result: dict[str, Any] = {"device": device, "hours_at_40_percent_mfu": hours}
+    power = next((watts for name, watts in BOARD_POWER_W.items() if name in device), None)
+    if power is not None:
+        result["kwh_of_the_boards"] = hours * data_parallel_size * power / 1000
+    return result
 
 
 def _epochs(run: RunFile, tokens: int) -> dict[str, float]:
@@ -104,8 +115,8 @@ def _manifest(prefix: str) -> DatasetManifest | None:
         return None
 
 
-def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str], overrides: Sequence[str],
-            data_parallel_size: int) -> dict[str, Any]:
+def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
+            overrides: Sequence[str], data_parallel_size: int) -> dict[str, Any]:
     """Check everything that can be checked without a device, and return the forecast.
 
     Raises:
@@ -114,7 +125,10 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
     reading = read_settings(deepspeed_config, run_config, overrides, data_parallel_size)
     faults = list(reading.faults)
     run = reading.settings.run
-    if not reading.wrong & {"data", "data.sources", "train", "train.sequence_length", "model", "model.vocab_size"}:
+    if any(": energy" in fault for fault in faults):
+        # Said already; it must neither be said again nor hide what is wrong with the data.
+        run = run.model_copy(update={"energy": EnergyConfig(enabled=False)})
+    if reading.wrong.isdisjoint(_NEEDED_TO_OPEN_DATA):
         try:
             open_data(run)
         except UserError as error:
@@ -134,6 +148,6 @@ def print_forecast(result: dict[str, Any], as_json: bool) -> None:
         for key in ("lr_first", "lr_peak", "lr_last", "flops", "flops_per_token_c", "flops_per_token_nc"):
             result[key] = f"{result[key]:.3e}"
         for prefix, epochs in result.pop("epochs").items():
-            many = f", more than {MAX_USEFUL_EPOCHS} repeat the data too often" if epochs > MAX_USEFUL_EPOCHS else ""
-            result[f"epochs of {prefix}"] = f"{epochs:.2f}{many}"
+            warning = f", more than {MAX_USEFUL_EPOCHS} repeat the data too often"
+            result[f"epochs of {prefix}"] = f"{epochs:.2f}{warning if epochs > MAX_USEFUL_EPOCHS else ''}"
     print_result(result, as_json, title="what this run will take")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_ttl.checkpoint.state import capture
+from megatron_ttl.config.load import Settings
 from megatron_ttl.data.sampler import StepBatches
 from megatron_ttl.errors import DiskError, ExitCode, UserError
 from megatron_ttl.evaluate.perplexity import held_out_loss
@@ -29,12 +30,13 @@ class DivergedError(UserError):
     exit_code = ExitCode.FAILED
 
 
-def pretrain(settings: Any, ranks: Ranks) -> ExitCode:
+def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest) -> ExitCode:
     """Run, or go on with, the pretraining that the settings describe.
 
     Args:
         settings: from `load_settings`.
         ranks: from `discover_ranks`.
+        stop: installed already; a request that came during preparation is honoured after the first step.
 
     Raises:
         UserError: something is missing, damaged or contradictory; found before the first step.
@@ -42,18 +44,18 @@ def pretrain(settings: Any, ranks: Ranks) -> ExitCode:
     mesh = join(ranks)
     session = prepare(settings, mesh)
     try:
-        return train(session)
+        return train(session, stop)
     finally:
         session.close()
         leave()
 
 
-def train(session: Session) -> ExitCode:
+def train(session: Session, stop: StopRequest) -> ExitCode:
     """Take optimizer steps from the session's state to the end of the run."""
     run, mesh, state, engine = session.run, session.mesh, session.state, session.engine
     total_steps = run.total_steps
     interval = Interval()
-    with StopRequest() as stop, closing(_batches(session)) as batches, session.energy, session.metrics:
+    with closing(_batches(session)) as batches, session.energy, session.metrics:
         while state.step < total_steps:
             # one step: micro batches forward and backward, gradients reduced, weights moved
             micro_batches = next(batches)
@@ -135,8 +137,8 @@ class Interval:
         for name, value in (("loss", loss), ("gradient norm", float(self.norms))):
             if not math.isfinite(value):
                 kept = session.folder.store.steps()
-                raise DivergedError(f"step {session.state.step}: the {name} is {value}; it must be a number; go on from "
-                                    f"step {max(kept, default=0)} with a lower optimizer.lr or train.gradient_clipping")
+                raise DivergedError(f"step {session.state.step}: the {name} is {value}; it must be a number; go on "
+                                    f"from step {max(kept, default=0)} with a lower optimizer.lr or train.gradient_clipping")
         return loss
 
     def row(self, session: Session, lr: float) -> dict[str, Any]:

@@ -21,7 +21,10 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
                   for p in module.parameters()}
     groups = [{"params": [], "names": [], "weight_decay": decay} for decay in (config.weight_decay, 0.0)]
     for name, parameter in model.named_parameters():
-        decays = config.decay_norms if parameter.dim() == 1 else id(parameter) not in embeddings or config.decay_embeddings
+        if parameter.dim() == 1:
+            decays = config.decay_norms
+        else:
+            decays = config.decay_embeddings or id(parameter) not in embeddings
         group = groups[0 if decays else 1]
         group["params"].append(parameter)
         group["names"].append(name)

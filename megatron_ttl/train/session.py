@@ -1,4 +1,4 @@
-"""What a run needs before its first step: everything opened, checked against each other, and set to where it goes on."""
+"""What a run needs before its first step: all opened, checked against each other, and set to where it goes on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megatron_ttl.config.load import Settings
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
 from megatron_ttl.errors import UserError
-from megatron_ttl.model.flops import BYTES_PER_PARAMETER, count_parameters
 from megatron_ttl.files import require_free_space
+from megatron_ttl.model.flops import BYTES_PER_PARAMETER, count_parameters
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.runtime import environment_report, seed_everything
 from megatron_ttl.train.energy import EnergyMeter, carry_on

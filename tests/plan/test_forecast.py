@@ -73,3 +73,29 @@ def test_the_command_touches_no_torch(repository, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 12
     assert not (tmp_path / "run").exists()
+
+
+def test_energy_is_reported_once_and_hides_nothing(tmp_path):
+    """A missing country and missing data: both, and the country once."""
+    deepspeed, run = write_settings(tmp_path, tmp_path, tmp_path / "run")
+    for override in ("energy.enabled=true", "energy.enabled=perhaps"):
+        with pytest.raises(ConfigError) as error:
+            dry_run(deepspeed, run, [override, "energy.country_iso_code=none"], 1)
+        assert sum("energy." in fault for fault in error.value.faults) == 1, error.value.faults
+        assert any("train.bin: does not exist" in fault for fault in error.value.faults)
+
+
+@pytest.mark.parametrize(("device", "has_hours", "has_power"), [
+    ("A100", True, True), ("NVIDIA A100-SXM4-40GB", True, True), ("NVIDIA L4", True, False), ("Abacus", False, False)])
+def test_the_device_of_a_profile_may_have_any_name(tmp_path, device, has_hours, has_power):
+    """Driver names, devices of unknown power, unknown devices."""
+    profile = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "_device": device}
+    result = dry_run(*write_settings(tmp_path, write_data(tmp_path / "data"), tmp_path / "run", profile), [], 1)
+    assert ("hours_at_40_percent_mfu" in result, "kwh_of_the_boards" in result) == (has_hours, has_power)
+
+
+def test_no_process_is_no_world(tmp_path):
+    """A negative number of processes."""
+    deepspeed, run = write_settings(tmp_path, write_data(tmp_path / "data"), tmp_path / "run")
+    with pytest.raises(ConfigError, match="--data-parallel-size: is -1; must be a whole number > 0"):
+        dry_run(deepspeed, run, [], -1)

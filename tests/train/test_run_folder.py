@@ -203,3 +203,16 @@ def test_the_command_itself_in_a_folder_that_is_taken(repository, place):
     assert done.returncode == 2
     assert "is in use by" in done.stderr and "Traceback" not in done.stderr
     assert len(json.dumps(done.stderr)) < 600
+
+
+def test_a_signal_before_the_first_step_is_not_lost(repository, place, tmp_path):
+    """SIGTERM while the run is still being prepared: one step, a checkpoint, exit code 85."""
+    command = [sys.executable, "pretrain_ttl.py", "--deepspeed_config", str(place / "machine.json"), "--config",
+               str(place / "run.toml"), f"run.dir={tmp_path}/run", "train.steps=4000"]
+    with subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+        assert "parameters on" in run.stderr.readline()
+        run.terminate()
+        said = run.stderr.read()
+    assert run.returncode == 85, said
+    assert "SIGTERM: stopping after this step" in said
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1

@@ -71,6 +71,7 @@ def train_here(mesh, deepspeed: str, run: str, overrides: list[str], stop_after:
     from megatron_ttl.config.load import load_settings
     from megatron_ttl.train.loop import train
     from megatron_ttl.train.session import prepare
+    from megatron_ttl.train.stop import StopRequest
 
     session = prepare(load_settings(deepspeed, run, overrides), mesh)
     if stop_after is not None:
@@ -84,6 +85,7 @@ def train_here(mesh, deepspeed: str, run: str, overrides: list[str], stop_after:
 
         session.engine.train_step = step_and_stop
     try:
-        return int(train(session))
+        with StopRequest() as stop:
+            return int(train(session, stop))
     finally:
         session.close()
