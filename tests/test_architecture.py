@@ -87,7 +87,7 @@ PLANTED = [
     (ENVIRONMENT, "megatron_ttl/data/a.py", "from os import getenv as g\ng('X')\n", "reads"),
     # lengths
     (LONG, "megatron_ttl/data/a.py", "x = 1\n" * 401, "401 lines; the limit is 400"),
-    (LONG, "tests/test_a.py", "x = 1\n" * 601, "601 lines; the limit is 600"),
+    (LONG, "tests/test_a.py", "x = 1\n" * 401, "401 lines; the limit is 400"),
     (LONG, "tools/a.py", "x = 1\n" * 61, "61 lines; the limit is 60"),
     (LONG, "examples/a.py", "def f():\n" + "    x = 1\n" * 80, "f has 81 lines; the limit is 80"),
     (LONG, "megatron_ttl/config/schema.py", "class A:\n" + "    x: int = 1\n" * 81, "81 fields"),
@@ -114,7 +114,7 @@ INNOCENT = [
     ("megatron_ttl/data/b.py", "import numpy\nnumpy.load('x', allow_pickle=False)\n"),
     ("megatron_ttl/data/c.py", "x = 1\n" * 400),
     ("tools/a.py", "from megatron_ttl.evaluate.perplexity import x\n" + "x = 1\n" * 59),
-    ("tests/test_a.py", "import wandb, transformers, deepspeed, megatron.core\n" + "x = 1\n" * 599),
+    ("tests/test_a.py", "import wandb, transformers, deepspeed, megatron.core\n" + "x = 1\n" * 399),
     ("megatron_ttl/config/schema.py", "class A:\n    model_config = 1\n" + "    x: int = 1\n" * 80),
 ]
 

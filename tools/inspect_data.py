@@ -14,10 +14,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
 
+    from pathlib import Path
+
     from megatron_ttl.console import print_result, progress
     from megatron_ttl.data.inspect import decoded_documents, inspect_dataset
 
-    with progress("reading", None, "tokens") as advance:
+    ids = Path(f"{args.prefix}.bin")
+    # Ids have two bytes or four; the bar of the rarer kind ends at one half.
+    with progress("reading", ids.stat().st_size / 2 if ids.is_file() else None, "tokens") as advance:
         result = inspect_dataset(args.prefix, args.verify, advance)
     shown = list(decoded_documents(args.prefix, args.show)) if args.show else []
     if args.json and shown:

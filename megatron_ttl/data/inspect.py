@@ -12,8 +12,10 @@ from megatron_ttl.data.indexed_dataset import IndexedDataset
 from megatron_ttl.errors import ConfigError, DataError, raise_faults
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
-_BLOCK_TOKENS = 1 << 22
-_SHOWN_FAULTS = 10
+_BLOCK_TOKENS = 1 << 20  # fits the cache
+_KEPT_FAULTS = 30
+_FILLER_TOKENS = 2_048  # so many equal ids in a row are no text
+_LARGEST_VOCABULARY = 1 << 24
 _SPECIAL_IDS = 4  # <unk> <s> </s> <pad>
 
 
@@ -23,32 +25,35 @@ def inspect_dataset(prefix: str | os.PathLike[str], verify: bool = False,
 
     Args:
         prefix: path without suffix.
-        verify: compare all checksums, and look for exactly one EOS at the end of every document.
+        verify: compare all checksums, and refuse documents without exactly one EOS, at the end, ids outside of
+            the vocabulary, and filler (thousands of equal ids in a row).
         on_progress: is given the tokens done.
 
     Raises:
         DataError: the dataset is damaged; with `verify`, also for what only a full read finds.
     """
-    dataset = IndexedDataset(prefix, verify=verify)
+    dataset = IndexedDataset(prefix)
     manifest = dataset.manifest
-    scan = _scan(dataset, on_progress)
+    scan = _Scan(dataset).run(on_progress)
+    length, run_id, position = scan.longest_run
+    shares = scan.counts[scan.counts > 0] / max(1, dataset.token_count)
     result: dict[str, Any] = {
         "prefix": dataset.prefix,
         "documents": dataset.document_count,
         "tokens": dataset.token_count,
         "dtype": dataset.dtype.name,
         "bin_bytes": dataset.token_count * dataset.dtype.itemsize,
-        "largest_id": scan["largest_id"],
-        "distinct_ids": scan["distinct_ids"],
-        "unigram_entropy_nats": scan["entropy"],
-        "longest_run": scan["longest_run"],
-        "longest_run_id": scan["longest_run_id"],
-        "longest_run_at": scan["longest_run_at"],
+        "largest_id": len(scan.counts) - 1,
+        "distinct_ids": len(shares),
+        "unigram_entropy_nats": float(-(shares * np.log(shares)).sum()),
+        "longest_run": length,
+        "longest_run_id": run_id,
+        "longest_run_at": position,
     }
     if manifest is None:
         result["manifest"] = "none: written by another program, its tokenizer is unknown"
     else:
-        special = scan["counts"][:_SPECIAL_IDS].sum()
+        special = scan.counts[:_SPECIAL_IDS].sum()
         result |= {
             "text_bytes": manifest.text_bytes,
             "bytes_per_token": manifest.text_bytes / max(1, dataset.token_count),
@@ -61,7 +66,7 @@ def inspect_dataset(prefix: str | os.PathLike[str], verify: bool = False,
             "rejected_lines": sum(manifest.rejected.values()),
         }
     if verify:
-        raise_faults(DataError, _content_faults(dataset, scan))
+        raise_faults(DataError, [*dataset.checksum_faults(), *_content_faults(dataset, scan)])
         result["verified"] = "checksums, one EOS per document" if manifest else "structure (there is no manifest)"
     return result
 
@@ -85,48 +90,77 @@ def decoded_documents(prefix: str | os.PathLike[str], count: int) -> Iterator[tu
         yield number, len(ids), tokenizer.decode([i for i in ids.tolist() if i >= _SPECIAL_IDS or i == 0])
 
 
-def _scan(dataset: IndexedDataset, on_progress: Callable[[float], None] | None) -> dict[str, Any]:
-    """Count every id and find the longest run of one id, block by block."""
-    counts = np.zeros(0, np.int64)
-    best = (0, 0, 0)  # length, id, position
-    run_id, run_length = -1, 0
-    for start in range(0, dataset.token_count, _BLOCK_TOKENS):
-        block = np.asarray(dataset.tokens[start : start + _BLOCK_TOKENS]).astype(np.int64)
+class _Scan:
+    """One pass over the ids, block by block: how often each occurs, the longest run, documents with wrong EOS."""
+
+    def __init__(self, dataset: IndexedDataset) -> None:
+        self.counts = np.zeros(0, np.int64)  # [largest id + 1]
+        self.longest_run = (0, 0, 0)  # length, id, position
+        self.wrong_documents: set[int] = set()
+        self._open_run = (-1, 0)  # id and length of the run that the last block ended with
+        self._dataset = dataset
+        self._eos = dataset.manifest.tokenizer.eos_id if dataset.manifest else None
+        self._ends = dataset.document_ends() if self._eos is not None else np.empty(0, np.int64)
+
+    def run(self, on_progress: Callable[[float], None] | None) -> _Scan:
+        """Read everything."""
+        tokens = self._dataset.tokens
+        for start in range(0, len(tokens), _BLOCK_TOKENS):
+            block = np.asarray(tokens[start : start + _BLOCK_TOKENS])
+            self._count(start, block)
+            self._follow_runs(start, block)
+            if self._eos is not None:
+                self._check_ends(start, block)
+            if on_progress:
+                on_progress(start + len(block))
+        return self
+
+    def _count(self, start: int, block: np.ndarray) -> None:
+        smallest, largest = int(block.min()), int(block.max())
+        if smallest < 0 or largest >= _LARGEST_VOCABULARY:
+            place = start + int(block.argmin() if smallest < 0 else block.argmax())
+            raise DataError(f"{self._dataset.paths.bin}: holds id {smallest if smallest < 0 else largest} at token "
+                            f"{place:,}; no tokenizer has it; write the dataset again")
         found = np.bincount(block)
-        if len(found) > len(counts):
-            counts = np.pad(counts, (0, len(found) - len(counts)))
-        counts[: len(found)] += found
-        changes = np.flatnonzero(np.diff(block)) + 1
+        if len(found) > len(self.counts):
+            self.counts = np.pad(self.counts, (0, len(found) - len(self.counts)))
+        self.counts[: len(found)] += found
+
+    def _follow_runs(self, start: int, block: np.ndarray) -> None:
+        changes = np.flatnonzero(block[1:] != block[:-1]) + 1
         begins, ends = np.append(0, changes), np.append(changes, len(block))
         lengths = ends - begins
-        if block[0] == run_id:
-            lengths[0] += run_length  # the run began in the block before
+        if block[0] == self._open_run[0]:
+            lengths[0] += self._open_run[1]
         longest = int(lengths.argmax())
-        if lengths[longest] > best[0]:
-            best = (int(lengths[longest]), int(block[begins[longest]]), start + int(ends[longest] - lengths[longest]))
-        run_id, run_length = int(block[-1]), int(lengths[-1])
-        if on_progress:
-            on_progress(start + len(block))
-    shares = counts[counts > 0] / max(1, dataset.token_count)
-    return {"counts": counts, "largest_id": len(counts) - 1, "distinct_ids": int((counts > 0).sum()),
-            "entropy": float(-(shares * np.log(shares)).sum()), "longest_run": best[0], "longest_run_id": best[1],
-            "longest_run_at": best[2]}
+        if lengths[longest] > self.longest_run[0]:
+            self.longest_run = (int(lengths[longest]), int(block[begins[longest]]),
+                                start + int(ends[longest] - lengths[longest]))
+        self._open_run = (int(block[-1]), int(lengths[-1]))
+
+    def _check_ends(self, start: int, block: np.ndarray) -> None:
+        # The places of EOS and the last places of the documents must be the same set.
+        first, after = np.searchsorted(self._ends, [start, start + len(block)], side="right")
+        places = start + np.flatnonzero(block == self._eos)
+        unmatched = np.setxor1d(places, self._ends[first:after] - 1)
+        self.wrong_documents.update(np.searchsorted(self._ends, unmatched[:_KEPT_FAULTS], side="right").tolist())
 
 
-def _content_faults(dataset: IndexedDataset, scan: dict[str, Any]) -> list[str]:
-    manifest = dataset.manifest
-    if manifest is None:
-        return []
+def _content_faults(dataset: IndexedDataset, scan: _Scan) -> list[str]:
     faults = []
-    if scan["largest_id"] >= manifest.tokenizer.vocab_size:
-        faults.append(f"{dataset.paths.bin}: holds id {scan['largest_id']}; must be below the vocabulary's "
-                      f"{manifest.tokenizer.vocab_size}; write the dataset again")
-    eos = manifest.tokenizer.eos_id
-    for number in range(dataset.document_count):
-        places = np.flatnonzero(dataset.document(number) == eos)
-        if len(places) != 1 or places[0] != len(dataset.document(number)) - 1:
-            faults.append(f"{dataset.paths.bin}: document {number} has {len(places)} EOS; must have exactly one, at its "
-                          "end; write the dataset again")
-            if len(faults) >= _SHOWN_FAULTS:
-                break
+    length, run_id, position = scan.longest_run
+    if length >= _FILLER_TOKENS:
+        faults.append(f"{dataset.paths.bin}: holds id {run_id} {length:,} times in a row from token {position:,}; text "
+                      f"has no such runs, filler has; look at the documents there, and leave them out")
+    if dataset.manifest is None:
+        return faults
+    size = dataset.manifest.tokenizer.vocab_size
+    if len(scan.counts) > size:
+        faults.append(f"{dataset.paths.bin}: holds id {len(scan.counts) - 1}; must be below the vocabulary's {size}; "
+                      "write the dataset again")
+    eos = dataset.manifest.tokenizer.eos_id
+    for number in sorted(scan.wrong_documents)[:_KEPT_FAULTS]:
+        ids = dataset.document(number)
+        faults.append(f"{dataset.paths.bin}: document {number} has {np.count_nonzero(ids == eos)} EOS (id {eos}) and "
+                      f"ends with id {ids[-1]}; must have exactly one, at its end; write the dataset again")
     return faults

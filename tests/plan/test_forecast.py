@@ -86,11 +86,13 @@ def test_energy_is_reported_once_and_hides_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("device", "has_hours", "has_power"), [
-    ("A100", True, True), ("NVIDIA A100-SXM4-40GB", True, True), ("NVIDIA L4", True, False), ("Abacus", False, False)])
+    ("A100", True, True), ("NVIDIA A100-SXM4-40GB", True, True), ("NVIDIA L4", True, False),
+    ("Abacus", False, False)])
 def test_the_device_of_a_profile_may_have_any_name(tmp_path, device, has_hours, has_power):
     """Driver names, devices of unknown power, unknown devices."""
     profile = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "_device": device}
-    result = dry_run(*write_settings(tmp_path, write_data(tmp_path / "data"), tmp_path / "run", profile), [], 1)
+    files = write_settings(tmp_path, write_data(tmp_path / "data"), tmp_path / "run", profile)
+    result = dry_run(*files, [], 1)
     assert ("hours_at_40_percent_mfu" in result, "kwh_of_the_boards" in result) == (has_hours, has_power)
 
 
