@@ -1,4 +1,4 @@
-"""Settings files that no one would write: broken text with its line and column, values of any kind, no crash."""
+"""Settings files that no one would write: broken text with its place, values of any kind, no crash."""
 
 from __future__ import annotations
 
@@ -209,5 +209,6 @@ def test_loading_is_quick_and_needs_no_torch():
     script = ("import sys, time; t = time.perf_counter(); import megatron_ttl.config.load; "
               "assert not {'torch', 'deepspeed'} & set(sys.modules); print(time.perf_counter() - t)")
     command = [sys.executable, "-c", script]
-    times = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    times = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+             for _ in range(3)]
     assert min(times) <= 0.5, times
