@@ -13,7 +13,7 @@ from megatron_ttl.config.deepspeed import DeepSpeedProfile
 from megatron_ttl.config.describe import known_keys
 from megatron_ttl.config.load import load_settings
 from megatron_ttl.config.schema import RunFile
-from megatron_ttl.config.suggest import edit_distance
+from megatron_ttl.config.suggest import edit_distance, nearest_keys
 from megatron_ttl.errors import ConfigError
 
 
@@ -104,7 +104,7 @@ def test_the_key_that_was_meant_is_named(tmp_path, model):
     ("model.train_micro_batch_size_per_gpu", "to the DeepSpeed JSON, as train_micro_batch_size_per_gpu"),
 ])
 def test_names_from_elsewhere_are_led_home(tmp_path, path, message):
-    """Other programs' names, keys of the other file, a key of three sections, never to one that refuses it."""
+    """Other names, keys of the other file, a key of three sections; never sent to a file that refuses it."""
     (tmp_path / "m.json").write_text(json.dumps(PROFILE))
     (tmp_path / "r.toml").write_text(RUN)
     with pytest.raises(ConfigError, match=message):
@@ -121,3 +121,23 @@ def test_names_from_elsewhere_are_led_home(tmp_path, path, message):
 def test_edit_distance(a, b, distance):
     """Against values worked out by hand; ('ca', 'abc') tells optimal string alignment from its relatives."""
     assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+def test_the_right_word_elsewhere_beats_a_slip_here():
+    """Moving a key costs less than a typing mistake, more than none; a missing plural costs as much as moving."""
+    assert nearest_keys("a.lr", ["a.lrs_", "a.lrx", "b.lr"]) == ["b.lr"]
+    assert nearest_keys("a.lr", ["a.lr", "b.lr"]) == ["a.lr"]
+    assert nearest_keys("a.prefix", ["a.prefixes", "b.prefix"]) == ["a.prefixes", "b.prefix"]
+    assert nearest_keys("a.quite_another", ["a.lr", "b.lr"]) == []
+
+
+@pytest.mark.parametrize(("overrides", "profile"), [
+    (['data.sources=[{prefx="data/pt"}]'], {}), (['data.sources=[{prefix="a", weight="b"}]'], {}),
+    ([], {"bf16": {"enabld": True}}), ([], {"zero_optimization": {"stag": 1}})])
+def test_one_mistake_is_one_fault(tmp_path, overrides, profile):
+    """The key that was meant is not also reported as missing, nor its list as too short."""
+    (tmp_path / "m.json").write_text(json.dumps({**PROFILE, **profile}))
+    (tmp_path / "r.toml").write_text(RUN)
+    with pytest.raises(ConfigError) as error:
+        load_settings(tmp_path / "m.json", tmp_path / "r.toml", overrides)
+    assert len(error.value.faults) == 1, error.value.faults
