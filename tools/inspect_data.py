@@ -9,8 +9,8 @@ def main() -> None:
     """Parse, inspect, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prefix", required=True, help="dataset, without .bin or .idx")
-    parser.add_argument("--verify", action="store_true", help="compare every checksum and look into every document")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N documents, decoded")
+    parser.add_argument("--verify", action="store_true", help="compare checksums, look into every document")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N documents")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
 
@@ -20,8 +20,7 @@ def main() -> None:
     from megatron_ttl.data.inspect import decoded_documents, inspect_dataset
 
     ids = Path(f"{args.prefix}.bin")
-    # Ids have two bytes or four; the bar of the rarer kind ends at one half.
-    with progress("reading", ids.stat().st_size / 2 if ids.is_file() else None, "tokens") as advance:
+    with progress("reading", ids.stat().st_size if ids.is_file() else None, "B") as advance:
         result = inspect_dataset(args.prefix, args.verify, advance)
     shown = list(decoded_documents(args.prefix, args.show)) if args.show else []
     if args.json and shown:

@@ -31,7 +31,7 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, docum
 DTYPE_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
 LONGEST_SEQUENCE = 2**31 - 1
 _DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
-_CHUNK = 1 << 20  # entries handled at a time: bounds the memory for any number of documents
+_CHUNK = 1 << 18  # entries handled at a time: bounds the memory for any number of documents
 _CURE = "copy the file again, or write the dataset again"
 
 

@@ -25,9 +25,9 @@ def inspect_dataset(prefix: str | os.PathLike[str], verify: bool = False,
 
     Args:
         prefix: path without suffix.
-        verify: compare all checksums, and refuse documents without exactly one EOS, at the end, ids outside of
+        verify: compare all checksums; refuse documents without exactly one EOS, at the end, ids outside of
             the vocabulary, and filler (thousands of equal ids in a row).
-        on_progress: is given the tokens done.
+        on_progress: is given the bytes of the `.bin` that were read.
 
     Raises:
         DataError: the dataset is damaged; with `verify`, also for what only a full read finds.
@@ -67,7 +67,7 @@ def inspect_dataset(prefix: str | os.PathLike[str], verify: bool = False,
         }
     if verify:
         raise_faults(DataError, [*dataset.checksum_faults(), *_content_faults(dataset, scan)])
-        result["verified"] = "checksums, one EOS per document" if manifest else "structure (there is no manifest)"
+        result["verified"] = "checksums, one EOS per document" if manifest else "structure (has no manifest)"
     return result
 
 
@@ -82,8 +82,8 @@ def decoded_documents(prefix: str | os.PathLike[str], count: int) -> Iterator[tu
         raise ConfigError(f"--show: {count}; must be 0 or more; write how many documents to show")
     dataset = IndexedDataset(prefix)
     if dataset.manifest is None:
-        raise DataError(f"{dataset.prefix}: has no manifest, so its tokenizer is unknown; must have one to be decoded; "
-                        "inspect it without --show")
+        raise DataError(f"{dataset.prefix}: has no manifest, so its tokenizer is unknown; must have one to "
+                        "be decoded; inspect it without --show")
     tokenizer = Tokenizer.load(dataset.paths.manifest.parent / dataset.manifest.tokenizer.directory)
     for number in range(min(count, dataset.document_count)):
         ids = dataset.document(number)
@@ -91,7 +91,7 @@ def decoded_documents(prefix: str | os.PathLike[str], count: int) -> Iterator[tu
 
 
 class _Scan:
-    """One pass over the ids, block by block: how often each occurs, the longest run, documents with wrong EOS."""
+    """One pass over the ids, block by block: how often each occurs, the longest run, wrong EOS."""
 
     def __init__(self, dataset: IndexedDataset) -> None:
         self.counts = np.zeros(0, np.int64)  # [largest id + 1]
@@ -112,15 +112,15 @@ class _Scan:
             if self._eos is not None:
                 self._check_ends(start, block)
             if on_progress:
-                on_progress(start + len(block))
+                on_progress((start + len(block)) * block.itemsize)
         return self
 
     def _count(self, start: int, block: np.ndarray) -> None:
         smallest, largest = int(block.min()), int(block.max())
         if smallest < 0 or largest >= _LARGEST_VOCABULARY:
             place = start + int(block.argmin() if smallest < 0 else block.argmax())
-            raise DataError(f"{self._dataset.paths.bin}: holds id {smallest if smallest < 0 else largest} at token "
-                            f"{place:,}; no tokenizer has it; write the dataset again")
+            raise DataError(f"{self._dataset.paths.bin}: holds id {smallest if smallest < 0 else largest} at "
+                            f"token {place:,}; no tokenizer has it; write the dataset again")
         found = np.bincount(block)
         if len(found) > len(self.counts):
             self.counts = np.pad(self.counts, (0, len(found) - len(self.counts)))
@@ -143,24 +143,26 @@ class _Scan:
         first, after = np.searchsorted(self._ends, [start, start + len(block)], side="right")
         places = start + np.flatnonzero(block == self._eos)
         unmatched = np.setxor1d(places, self._ends[first:after] - 1)
-        self.wrong_documents.update(np.searchsorted(self._ends, unmatched[:_KEPT_FAULTS], side="right").tolist())
+        numbers = np.searchsorted(self._ends, unmatched[:_KEPT_FAULTS], side="right")
+        self.wrong_documents.update(numbers.tolist())
 
 
 def _content_faults(dataset: IndexedDataset, scan: _Scan) -> list[str]:
     faults = []
     length, run_id, position = scan.longest_run
     if length >= _FILLER_TOKENS:
-        faults.append(f"{dataset.paths.bin}: holds id {run_id} {length:,} times in a row from token {position:,}; text "
-                      f"has no such runs, filler has; look at the documents there, and leave them out")
+        faults.append(f"{dataset.paths.bin}: holds id {run_id} {length:,} times in a row from token "
+                      f"{position:,}; text has no such runs, filler has; look at the documents "
+                      "there, and leave them out")
     if dataset.manifest is None:
         return faults
     size = dataset.manifest.tokenizer.vocab_size
     if len(scan.counts) > size:
-        faults.append(f"{dataset.paths.bin}: holds id {len(scan.counts) - 1}; must be below the vocabulary's {size}; "
-                      "write the dataset again")
+        faults.append(f"{dataset.paths.bin}: holds id {len(scan.counts) - 1}; must be below the vocabulary's "
+                      f"{size}; write the dataset again")
     eos = dataset.manifest.tokenizer.eos_id
     for number in sorted(scan.wrong_documents)[:_KEPT_FAULTS]:
         ids = dataset.document(number)
-        faults.append(f"{dataset.paths.bin}: document {number} has {np.count_nonzero(ids == eos)} EOS (id {eos}) and "
-                      f"ends with id {ids[-1]}; must have exactly one, at its end; write the dataset again")
+        faults.append(f"{dataset.paths.bin}: document {number} has {np.count_nonzero(ids == eos)} EOS (id "
+                      f"{eos}) and ends with id {ids[-1]}; must have exactly one, at its end; write it again")
     return faults

@@ -132,10 +132,11 @@ def read_manifest(path: Path) -> DatasetManifest:
     cure = "write the dataset again with tools/preprocess_data.py"
     try:
         with open(path, "rb") as handle:
-            payload = handle.read(_LARGEST_BYTES + 1)
+            size = os.fstat(handle.fileno()).st_size
+            payload = handle.read() if size <= _LARGEST_BYTES else b""
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); it must be a manifest; {cure}") from None
-    if len(payload) > _LARGEST_BYTES:
+    if size > _LARGEST_BYTES:
         raise DataError(f"{path}: is larger than 64 MiB; it must be a manifest of some KB; {cure}")
     try:
         value = json.loads(payload)

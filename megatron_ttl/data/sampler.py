@@ -67,10 +67,11 @@ class StepBatches:
         together = micro_batch * world_size
         if samples_per_step % together:
             below = samples_per_step // together * together
+            nearest = f"{below} or {below + together}" if below else str(together)
             raise ConfigError(
                 f"samples per step: {samples_per_step} cannot be dealt to {world_size} ranks in micro "
-                f"batches of {micro_batch}; they must be a multiple of {together}; take {below or together} "
-                f"or {below + together}, or another micro batch"
+                f"batches of {micro_batch}; they must be a multiple of {together}; take {nearest}, "
+                "or another micro batch"
             )
         self.consumed_samples = consumed_samples
         self.wait_s = 0.0
