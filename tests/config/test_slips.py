@@ -124,7 +124,7 @@ def test_edit_distance(a, b, distance):
 
 
 def test_the_right_word_elsewhere_beats_a_slip_here():
-    """Moving a key costs less than a typing mistake, more than none; a missing plural costs as much as moving."""
+    """Moving a key costs less than a typing mistake, more than none; a plural as much as moving."""
     assert nearest_keys("a.lr", ["a.lrs_", "a.lrx", "b.lr"]) == ["b.lr"]
     assert nearest_keys("a.lr", ["a.lr", "b.lr"]) == ["a.lr"]
     assert nearest_keys("a.prefix", ["a.prefixes", "b.prefix"]) == ["a.prefixes", "b.prefix"]
