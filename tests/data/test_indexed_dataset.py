@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ttl.data.index_file import HEADER, MAGIC
 from megatron_ttl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
 from megatron_ttl.data.manifest import Description, TokenizerRecord, dataset_paths
 from megatron_ttl.errors import DataError, DiskError
@@ -186,7 +187,7 @@ def test_two_processes_do_not_write_one_dataset(tmp_path):
         "import sys, time\n"
         "from megatron_ttl.data.indexed_dataset import IndexedDatasetWriter\n"
         "writer = IndexedDatasetWriter(sys.argv[1], 'uint16', 500, 2)\n"
-        "writer.add_documents([7, 2] * 100_000, [2] * 100_000)\n"
+        "writer.add_documents([7, 2] * 1_000_000, [2] * 1_000_000)\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -197,7 +198,7 @@ def test_two_processes_do_not_write_one_dataset(tmp_path):
         writer_of(tmp_path / "a")
     os.kill(other.pid, signal.SIGKILL)
     other.wait()
-    assert names(tmp_path) == [".a.bin.partial"]
+    assert names(tmp_path) == [".a.bin.partial"] and os.path.getsize(tmp_path / ".a.bin.partial") > 1_000_000
     texts = some_documents()
     assert same(IndexedDataset(write(tmp_path / "a", texts), verify=True), texts)
     assert names(tmp_path) == ["a.bin", "a.idx", "a.json"]
@@ -243,6 +244,27 @@ def test_files_of_two_datasets_do_not_pass_for_one(tmp_path):
     write(tmp_path / "b", texts[::-1])
     shutil.copy(tmp_path / "b.idx", tmp_path / "a.idx")
     with pytest.raises(DataError, match="a.idx: checksum: xxh3:.*; the manifest a.json says xxh3:"):
+        IndexedDataset(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("lengths", "pointers", "boundaries", "message"), [
+    ([3, 0, 2], [0, 6, 6], [0, 1, 2, 3], "a.idx: sequence 1 has 0 tokens; every one has at least one"),
+    ([3, -1, 3], [0, 6, 4], [0, 1, 2, 3], "a.idx: sequence 1 has -1 tokens"),
+    ([3, 1, 1], [0, 8, 6], [0, 1, 2, 3], "a.idx: sequence 1 points to byte 8, not to the end of the one"),
+    ([3, 1, 1], [2, 6, 8], [0, 1, 2, 3], "a.idx: sequence 0 points to byte 2"),
+    ([3, 1, 1], [0, 6, 8], [0, 2, 1, 3], r"a.idx: document 1 ends before it begins \(sequences 2 to 1\)"),
+    ([3, 1, 1], [0, 6, 8], [1, 2, 3, 3], "a.idx: its documents span the sequences 1 to 3; they must span 0"),
+    ([3, 1, 1], [0, 6, 8], [0, 1, 2, 4], "a.idx: its documents span the sequences 0 to 4; they must span 0"),
+    ([3, 1, 2], [0, 6, 8], [0, 1, 2, 3], "a.bin: ends 2 bytes early; its index a.idx counts 6 tokens, 12"),
+    ([1, 1, 1], [0, 2, 4], [0, 1, 2, 3], "a.bin: has 4 bytes too many; its index a.idx counts 3 tokens"),
+])
+def test_an_index_that_contradicts_itself_is_refused(tmp_path, lengths, pointers, boundaries, message):
+    """Without a manifest to help: the first wrong entry is named."""
+    arrays = (np.array(lengths, "<i4"), np.array(pointers, "<i8"), np.array(boundaries, "<i8"))
+    header = HEADER.pack(MAGIC, 1, 8, len(lengths), len(boundaries))
+    (tmp_path / "a.idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
+    (tmp_path / "a.bin").write_bytes(bytes(10))
+    with pytest.raises(DataError, match=message):
         IndexedDataset(tmp_path / "a")
 
 
