@@ -1,35 +1,57 @@
-"""The processes of a run and how they agree: today one axis, data parallel."""
+"""The processes of a run, the axes on which they stand, and how they agree."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import io
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_ttl.parallel.door import deepspeed
+from megatron_ttl.parallel.plan import Layout, Place
 from megatron_ttl.runtime import Ranks, announce_ranks
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place, and the few collectives that the training loop needs."""
+    """This process's place, its groups, and the few collectives that the training loop needs."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    layout: Layout = Layout()
+    grid: Any = field(default=None, repr=False)
+    """DeepSpeed's grid of process groups, its `mpu`; None while all processes are data parallel."""
+
+    @property
+    def place(self) -> Place:
+        """Coordinates of this process."""
+        return self.layout.place(self.rank)
 
     @property
     def data_parallel_rank(self) -> int:
         """Which slice of every step this process reads."""
-        return self.rank
+        return self.place.data
 
     @property
     def data_parallel_size(self) -> int:
         """Into how many slices every step is cut."""
-        return self.world_size
+        return self.layout.data
+
+    @property
+    def data_parallel_group(self) -> Any:
+        """Processes that hold the same weights and read other samples."""
+        return self.grid.get_data_parallel_group() if self.grid else dist.group.WORLD
+
+    @property
+    def tensor_parallel_group(self) -> Any:
+        """Processes that share every weight of a layer; None where there is one."""
+        return self.grid.get_slice_parallel_group() if self.layout.tensor > 1 else None
 
     @property
     def is_first(self) -> bool:
@@ -38,30 +60,65 @@ class Mesh:
 
     def sum(self, *values: float) -> list[float]:
         """Add numbers over all processes, in fp64 on the host."""
-        if self.world_size == 1:
-            return list(values)
+        return self._sum(values, None) if self.world_size > 1 else list(values)
+
+    def sum_data_parallel(self, *values: float) -> list[float]:
+        """Add numbers over the data-parallel processes, in fp64 on the host."""
+        return self._sum(values, self.data_parallel_group) if self.layout.data > 1 else list(values)
+
+    @staticmethod
+    def _sum(values: tuple[float, ...], group: Any) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
         return total.tolist()
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any process."""
         return self.sum(float(flag))[0] > 0
 
-    def sum_tensor(self, value: torch.Tensor) -> torch.Tensor:
-        """Add a tensor over all processes, in place and where it lies."""
-        if self.world_size > 1:
-            dist.all_reduce(value)
+    def sum_tensor_data_parallel(self, value: torch.Tensor) -> torch.Tensor:
+        """Add a tensor over the data-parallel processes, in place and where it lies."""
+        if self.layout.data > 1:
+            dist.all_reduce(value, group=self.data_parallel_group)
         return value
+
+    def gather_text(self, text: str) -> list[str]:
+        """Return every process's text, by rank, on every process."""
+        if self.world_size == 1:
+            return [text]
+        mine = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = len(text.encode())
+        dist.all_reduce(sizes)
+        padded = torch.zeros(max(1, int(sizes.max())), dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        found = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(found, padded)
+        return [bytes(part[:size].tolist()).decode() for part, size in zip(found, sizes.tolist(), strict=True)]
 
     def barrier(self) -> None:
         """Wait for every process."""
         if self.world_size > 1:
             dist.all_reduce(torch.zeros(1))
 
+    def cut(self, tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> Mesh:
+        """Return the same processes on three axes; what the first two degrees leave is data parallel.
+
+        Every process must call, for process groups are made.
+        """
+        assert self.world_size % (tensor * pipeline) == 0 and self.grid is None
+        layout = Layout(tensor, pipeline, self.world_size // (tensor * pipeline), sequence and tensor > 1)
+        if tensor * pipeline == 1:
+            return replace(self, layout=layout)
+        from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
+            grid = PipelineParallelGrid(PipeModelDataParallelTopology(pipeline, tensor, layout.data))
+        return replace(self, layout=layout, grid=grid)
+
 
 def join(ranks: Ranks, timeout_s: float = 1800.0, rendezvous: str | None = None) -> Mesh:
-    """Meet the other processes and let DeepSpeed know.
+    """Meet the other processes and let DeepSpeed know; all of them are data parallel until `cut`.
 
     Args:
         ranks: from `discover_ranks`.
@@ -79,7 +136,7 @@ def join(ranks: Ranks, timeout_s: float = 1800.0, rendezvous: str | None = None)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=ranks.rank,
                                 world_size=ranks.world_size, timeout=timedelta(seconds=timeout_s), **where)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    return Mesh(ranks.rank, ranks.world_size, ranks.local_rank, device)
+    return Mesh(ranks.rank, ranks.world_size, ranks.local_rank, device, Layout(data=ranks.world_size))
 
 
 def leave() -> None:

@@ -80,7 +80,7 @@ class Engine:
         """
         assert len(micro_batches) == self.accumulation
         if global_tokens is None:
-            global_tokens = int(self.mesh.sum(valid_tokens(micro_batches))[0])
+            global_tokens = int(self.mesh.sum_data_parallel(valid_tokens(micro_batches))[0])
         scale = backward_scale(global_tokens, self.accumulation, self.mesh.data_parallel_size)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -94,7 +94,7 @@ class Engine:
             total += nats.detach()
         if grad_norm is None:
             grad_norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(self.mesh.sum_tensor(total) / global_tokens, grad_norm)
+        return StepResult(self.mesh.sum_tensor_data_parallel(total) / global_tokens, grad_norm)
 
     def _unwrapped_norm(self) -> Tensor | None:
         """Measure the gradient at stage 0, where DeepSpeed clips but does not tell; elsewhere it tells."""

@@ -186,7 +186,7 @@ def evaluate(session: Session) -> dict[str, Any]:
     for prefix, dataset in session.held_out.items():
         nats, tokens = held_out_loss(session.engine.logits, dataset, session.micro_batch,
                                      rank=mesh.data_parallel_rank, world_size=mesh.data_parallel_size)
-        nats, tokens = mesh.sum(nats, tokens)
+        nats, tokens = mesh.sum_data_parallel(nats, tokens)
         row[f"loss/{prefix}"] = nats / tokens
         row[f"perplexity/{prefix}"] = math.exp(nats / tokens)
     return row

@@ -1,0 +1,151 @@
+"""Who computes what: the table of how each weight is cut, and the arithmetic of ranks, stages and slices.
+
+Sharding, checkpoints, the dry run and the tests all read it; nobody else knows. No torch: `--dry-run` reads it too.
+
+A weight is named as Hugging Face names its pieces (`q_proj`, not the packed `qkv_proj`): every cut is then one range of
+rows or of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ttl.config.schema import ModelConfig
+
+Style = Literal["vocabulary", "column", "head", "row", "norm"]
+
+TENSOR_PLAN: dict[str, Style] = {
+    "embed_tokens": "vocabulary",  # rows; ids of other ranks look up nothing, then the parts are added
+    "qkv_proj": "column",          # whole heads of q, of k and of v
+    "o_proj": "row",               # columns; the products are added
+    "gate_up_proj": "column",      # the same rows of gate and of up
+    "down_proj": "row",
+    "lm_head": "head",             # rows; the logits stay cut, the loss is vocabulary-parallel
+    "input_layernorm": "norm",     # whole on every rank; with sequence parallelism each sees a part of the tokens
+    "post_attention_layernorm": "norm",
+    "norm": "norm",
+}
+"""Module -> how tensor parallelism treats it. Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, 4.2."""
+
+PIECES: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Packed module -> Hugging Face's names of its pieces; a module that is not named here is one piece of its own name."""
+
+_STYLE_OF_PIECE: dict[str, Style] = {piece: style for module, style in TENSOR_PLAN.items()
+                                     for piece in PIECES.get(module, (module,))}
+
+_VOCABULARY_MULTIPLE = 8  # rows per rank: matrix products of odd widths miss the tensor cores
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The degrees of the three axes, and whether norms and the residual stream are cut along the sequence too."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.tensor * self.pipeline * self.data
+
+    def place(self, rank: int) -> Place:
+        """Return where a rank stands. Tensor ranks are neighbours, then data, then pipeline, as DeepSpeed's topology."""
+        assert 0 <= rank < self.world_size
+        return Place(tensor=rank % self.tensor, data=rank // self.tensor % self.data,
+                     pipeline=rank // (self.tensor * self.data))
+
+    def rank(self, place: Place) -> int:
+        """Return the rank that stands at a place."""
+        return (place.pipeline * self.data + place.data) * self.tensor + place.tensor
+
+    def __str__(self) -> str:
+        sequence = " with sequence parallelism" if self.sequence else ""
+        return f"tensor {self.tensor}{sequence} x pipeline {self.pipeline} x data {self.data}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Coordinates of one rank."""
+
+    tensor: int = 0
+    pipeline: int = 0
+    data: int = 0
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A range of one dimension of a tensor."""
+
+    dim: int
+    start: int
+    stop: int
+
+
+def padded_vocabulary(config: ModelConfig, tensor: int) -> int:
+    """Return the rows of embedding and head over all ranks: the vocabulary, rounded up so that it divides."""
+    multiple = tensor * _VOCABULARY_MULTIPLE if tensor > 1 else 1
+    return -(-config.vocab_size // multiple) * multiple
+
+
+def slice_of(piece: str, size: int, layout: Layout, tensor_rank: int) -> Slice | None:
+    """Return which part of a weight one tensor-parallel rank owns, or None for all of it.
+
+    Args:
+        piece: Hugging Face's module name, e.g. `q_proj`, with or without a path before it and `.weight` behind.
+        size: of the whole weight along the dimension that is cut; for embedding and head the vocabulary, unpadded.
+        layout: the degrees.
+        tensor_rank: which rank.
+    """
+    style = _STYLE_OF_PIECE[piece.removesuffix(".weight").rpartition(".")[2]]
+    if style == "norm" or layout.tensor == 1:
+        return None
+    if style in ("vocabulary", "head"):
+        multiple = layout.tensor * _VOCABULARY_MULTIPLE
+        share = -(-size // multiple) * _VOCABULARY_MULTIPLE
+        return Slice(0, min(size, tensor_rank * share), min(size, (tensor_rank + 1) * share))
+    assert size % layout.tensor == 0, (piece, size)
+    share = size // layout.tensor
+    return Slice(1 if style == "row" else 0, tensor_rank * share, (tensor_rank + 1) * share)
+
+
+def layer_costs(config: ModelConfig, sequence_length: int) -> list[float]:
+    """Return forward operations per token of each layer: embedding (a lookup), blocks, norm and head."""
+    hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    matrices = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * config.intermediate_size
+    block = 2.0 * matrices + 2.0 * queries * sequence_length
+    return [0.0, *[block] * config.num_hidden_layers, 2.0 * hidden * config.vocab_size]
+
+
+def stage_bounds(config: ModelConfig, sequence_length: int, stages: int) -> list[range]:
+    """Deal consecutive layers to pipeline stages so that the slowest stage is as fast as can be.
+
+    Among equals the most even one is taken.
+
+    Returns:
+        One range of layer numbers per stage, none empty; 0 is the embedding, L + 1 the head.
+    """
+    costs = layer_costs(config, sequence_length)
+    count = len(costs)
+    assert 1 <= stages <= count
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[i]: (slowest stage, sum of squares, ends of the stages) for layers i.. dealt to s stages, s growing
+    best = {i: (sums[count] - sums[i], (sums[count] - sums[i]) ** 2, (count,)) for i in range(count)}
+    for s in range(2, stages + 1):
+        best = {i: min((max(sums[end] - sums[i], best[end][0]), (sums[end] - sums[i]) ** 2 + best[end][1],
+                        (end, *best[end][2])) for end in range(i + 1, count - s + 2))
+                for i in range(count - s + 1)}
+    ends = best[0][2]
+    return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+
+
+def places(layout: Layout) -> Iterator[tuple[int, Place]]:
+    """Yield every rank and its place."""
+    for rank in range(layout.world_size):
+        yield rank, layout.place(rank)
