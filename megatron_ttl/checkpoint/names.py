@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_ttl.config.schema import ModelConfig
+from megatron_ttl.parallel.plan import PIECES, piece_shape
 
 _OUTER = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
           "lm_head.weight": "lm_head.weight"}
@@ -19,11 +20,10 @@ _OUTER = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "mo
 # A block's weight -> Hugging Face's pieces of it, in the order of the rows, and of a model file.
 _BLOCK = {
     "input_layernorm.weight": ("input_layernorm.weight",),
-    "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight",
-                                  "self_attn.v_proj.weight"),
+    "self_attn.qkv_proj.weight": tuple(f"self_attn.{piece}.weight" for piece in PIECES["qkv_proj"]),
     "self_attn.o_proj.weight": ("self_attn.o_proj.weight",),
     "post_attention_layernorm.weight": ("post_attention_layernorm.weight",),
-    "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.gate_up_proj.weight": tuple(f"mlp.{piece}.weight" for piece in PIECES["gate_up_proj"]),
     "mlp.down_proj.weight": ("mlp.down_proj.weight",),
 }
 
@@ -50,15 +50,7 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _shape(hf_name: str, config: ModelConfig) -> tuple[int, ...]:
-    hidden, wide = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    kind = hf_name.split(".")[-2]
-    if kind.endswith("norm"):
-        return (hidden,)
-    rows = {"embed_tokens": config.vocab_size, "lm_head": config.vocab_size, "q_proj": queries,
-            "k_proj": keys, "v_proj": keys, "gate_proj": wide, "up_proj": wide}
-    columns = {"o_proj": queries, "down_proj": wide}
-    return (rows.get(kind, hidden), columns.get(kind, hidden))
+    return piece_shape(hf_name.split(".")[-2], config)
 
 
 def split_to_hf(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:

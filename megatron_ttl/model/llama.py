@@ -65,12 +65,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """[b, s, h] -> [b, s, h]"""
-        batch, length, _ = x.shape
-        heads = self.qkv_proj(x).view(batch, length, -1, self.head_dim)  # [b, s, n + 2k, d]
+        return self.mix(self.qkv_proj(x), cache)
+
+    def mix(self, packed: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Attend and project back: [b, s, (n + 2k) d] -> [b, s, h]. The numbers of heads follow from the width."""
+        batch, length, _ = packed.shape
+        heads = packed.view(batch, length, -1, self.head_dim)  # [b, s, n + 2k, d]
         kv_heads = heads.shape[2] // (self.groups + 2)
         # Queries and keys turn together: they lie side by side in the packed projection.
         turned, value = heads.split((kv_heads * (self.groups + 1), kv_heads), dim=2)
-        cos, sin = self._angles(cache.length if cache else 0, length, x.device)
+        cos, sin = self._angles(cache.length if cache else 0, length, packed.device)
         query, key = rotary(turned, cos, sin).split((kv_heads * self.groups, kv_heads), dim=2)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
         if cache is not None:

@@ -17,9 +17,11 @@ warnings.filterwarnings("ignore", message=".*_tensor. is deprecated.*_single.*",
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule  # noqa: E402
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology  # noqa: E402
 
 # deepspeed 0.19.8: this op is compiled at first use, leaves 66 MiB in /dev/shm per rank and run, and only serves
 # inference. Declared incompatible, it is never touched.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-__all__ = ["deepspeed"]
+__all__ = ["LayerSpec", "PipeModelDataParallelTopology", "PipelineModule", "PipelineParallelGrid", "deepspeed"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ttl.parallel.door import deepspeed
+from megatron_ttl.parallel.door import PipelineParallelGrid, PipeModelDataParallelTopology, deepspeed
 from megatron_ttl.parallel.plan import Layout, Place
 from megatron_ttl.runtime import Ranks, announce_ranks
 
@@ -66,6 +66,10 @@ class Mesh:
         """Add numbers over the data-parallel processes, in fp64 on the host."""
         return self._sum(values, self.data_parallel_group) if self.layout.data > 1 else list(values)
 
+    def sum_pipeline_parallel(self, *values: float) -> list[float]:
+        """Add numbers over the stages, in fp64 on the host."""
+        return self._sum(values, self.grid.get_pipe_parallel_group()) if self.layout.pipeline > 1 else list(values)
+
     @staticmethod
     def _sum(values: tuple[float, ...], group: Any) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64)
@@ -110,8 +114,6 @@ class Mesh:
         layout = Layout(tensor, pipeline, self.world_size // (tensor * pipeline), sequence and tensor > 1)
         if tensor * pipeline == 1:
             return replace(self, layout=layout)
-        from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
-
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
             grid = PipelineParallelGrid(PipeModelDataParallelTopology(pipeline, tensor, layout.data))
         return replace(self, layout=layout, grid=grid)

@@ -76,40 +76,67 @@ class Place:
     data: int = 0
 
 
-@dataclass(frozen=True)
-class Slice:
-    """A range of one dimension of a tensor."""
-
-    dim: int
-    start: int
-    stop: int
-
-
 def padded_vocabulary(config: ModelConfig, tensor: int) -> int:
     """Return the rows of embedding and head over all ranks: the vocabulary, rounded up so that it divides."""
     multiple = tensor * _VOCABULARY_MULTIPLE if tensor > 1 else 1
     return -(-config.vocab_size // multiple) * multiple
 
 
-def slice_of(piece: str, size: int, layout: Layout, tensor_rank: int) -> Slice | None:
-    """Return which part of a weight one tensor-parallel rank owns, or None for all of it.
+@dataclass(frozen=True)
+class Part:
+    """What one tensor-parallel rank owns of one piece, and how many rows it takes in the packed weight there."""
+
+    piece: str
+    shape: tuple[int, ...]
+    """Of the whole piece."""
+    offset: tuple[int, ...]
+    """Where the owned part begins."""
+    extent: tuple[int, ...]
+    """How far it reaches."""
+    rows: int
+    """Rows in the rank's weight: those owned, then padding."""
+
+
+def piece_shape(piece: str, config: ModelConfig) -> tuple[int, ...]:
+    """Return the whole shape of a piece by Hugging Face's module name, e.g. `q_proj`."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    if _STYLE_OF_PIECE[piece] == "norm":
+        return (hidden,)
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    rows = {"embed_tokens": config.vocab_size, "lm_head": config.vocab_size, "q_proj": queries,
+            "k_proj": keys, "v_proj": keys, "gate_proj": wide, "up_proj": wide}
+    columns = {"o_proj": queries, "down_proj": wide}
+    return (rows.get(piece, hidden), columns.get(piece, hidden))
+
+
+def parts_of(weight: str, config: ModelConfig, layout: Layout, tensor_rank: int) -> list[Part]:
+    """Return what one tensor-parallel rank owns of a packed weight, one part per piece, in the order of its rows.
 
     Args:
-        piece: Hugging Face's module name, e.g. `q_proj`, with or without a path before it and `.weight` behind.
-        size: of the whole weight along the dimension that is cut; for embedding and head the vocabulary, unpadded.
+        weight: the model's name, e.g. `3.self_attn.qkv_proj.weight`.
+        config: the whole model.
         layout: the degrees.
         tensor_rank: which rank.
     """
-    style = _STYLE_OF_PIECE[piece.removesuffix(".weight").rpartition(".")[2]]
-    if style == "norm" or layout.tensor == 1:
-        return None
+    module = weight.removesuffix(".weight").rpartition(".")[2]
+    return [_part(piece, config, layout.tensor, tensor_rank) for piece in PIECES.get(module, (module,))]
+
+
+def _part(piece: str, config: ModelConfig, tensor: int, tensor_rank: int) -> Part:
+    shape, style = piece_shape(piece, config), _STYLE_OF_PIECE[piece]
+    whole = Part(piece, shape, (0,) * len(shape), shape, shape[0])
+    if style == "norm" or tensor == 1:
+        return whole
     if style in ("vocabulary", "head"):
-        multiple = layout.tensor * _VOCABULARY_MULTIPLE
-        share = -(-size // multiple) * _VOCABULARY_MULTIPLE
-        return Slice(0, min(size, tensor_rank * share), min(size, (tensor_rank + 1) * share))
-    assert size % layout.tensor == 0, (piece, size)
-    share = size // layout.tensor
-    return Slice(1 if style == "row" else 0, tensor_rank * share, (tensor_rank + 1) * share)
+        share = padded_vocabulary(config, tensor) // tensor
+        start = min(shape[0], tensor_rank * share)
+        return Part(piece, shape, (start, 0), (min(shape[0] - start, share), shape[1]), share)
+    dim = 1 if style == "row" else 0
+    assert shape[dim] % tensor == 0, (piece, shape)
+    share = shape[dim] // tensor
+    offset, extent = [0, 0], list(shape)
+    offset[dim], extent[dim] = tensor_rank * share, share
+    return Part(piece, shape, tuple(offset), tuple(extent), extent[0])
 
 
 def layer_costs(config: ModelConfig, sequence_length: int) -> list[float]:
@@ -124,14 +151,15 @@ def layer_costs(config: ModelConfig, sequence_length: int) -> list[float]:
 def stage_bounds(config: ModelConfig, sequence_length: int, stages: int) -> list[range]:
     """Deal consecutive layers to pipeline stages so that the slowest stage is as fast as can be.
 
-    Among equals the most even one is taken.
+    Among equals the most even one is taken. The embedding never stands alone: DeepSpeed adds up the gradient norms of
+    the stages group by group, so every stage needs matrices and norms.
 
     Returns:
-        One range of layer numbers per stage, none empty; 0 is the embedding, L + 1 the head.
+        One range of layer numbers per stage, none empty; 0 is the embedding, L + 1 the head. There are at most L + 1.
     """
     costs = layer_costs(config, sequence_length)
     count = len(costs)
-    assert 1 <= stages <= count
+    assert 1 <= stages < count
     sums = [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
@@ -139,7 +167,7 @@ def stage_bounds(config: ModelConfig, sequence_length: int, stages: int) -> list
     best = {i: (sums[count] - sums[i], (sums[count] - sums[i]) ** 2, (count,)) for i in range(count)}
     for s in range(2, stages + 1):
         best = {i: min((max(sums[end] - sums[i], best[end][0]), (sums[end] - sums[i]) ** 2 + best[end][1],
-                        (end, *best[end][2])) for end in range(i + 1, count - s + 2))
+                        (end, *best[end][2])) for end in range(max(i + 1, 2), count - s + 2))
                 for i in range(count - s + 1)}
     ends = best[0][2]
     return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]

@@ -1,4 +1,4 @@
-"""One optimizer step through DeepSpeed."""
+"""One optimizer step through DeepSpeed, whatever the layout."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from torch import Tensor
 
 from megatron_ttl.checkpoint.state import restore_weights
 from megatron_ttl.config.schema import RunFile
-from megatron_ttl.model.llama import build_model
+from megatron_ttl.parallel.build import build_part
 from megatron_ttl.parallel.door import deepspeed
-from megatron_ttl.parallel.loss import backward_scale, loss_sum, valid_tokens
+from megatron_ttl.parallel.loss import backward_scale, exact_loss_sum, loss_sum, valid_tokens
 from megatron_ttl.parallel.mesh import Mesh
+from megatron_ttl.parallel.norm import clip_gradients
+from megatron_ttl.parallel.pipeline import MicroBatches, evaluate_pipeline
+from megatron_ttl.parallel.recompute import Recompute
+from megatron_ttl.parallel.shard import tensor_parallel_of
 from megatron_ttl.train.optimizer import build_optimizer, parameter_groups
-
-MicroBatches = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -29,46 +31,82 @@ class StepResult:
     """Mean nats per valid token of the global batch, before the update."""
     grad_norm: Tensor | float
     """Global norm of the gradient, before clipping."""
+    skipped: bool = False
+    """fp16 alone: the scaled gradients overflowed, so the scale was lowered and no weight moved."""
 
 
 class Engine:
-    """The model, its optimizer and DeepSpeed around them."""
+    """This process's part of the model, its optimizer and DeepSpeed around them."""
 
-    def __init__(self, run: RunFile, deepspeed_settings: dict[str, Any], mesh: Mesh) -> None:
-        """Build the model from the run's seed and hand it to DeepSpeed.
+    def __init__(self, run: RunFile, deepspeed_settings: dict[str, Any], mesh: Mesh,
+                 recompute: Recompute = "none") -> None:
+        """Build this process's part from the run's seed and hand it to DeepSpeed.
 
         Args:
             run: the checked run file.
             deepspeed_settings: from `resolve_deepspeed`.
-            mesh: from `join`.
+            mesh: from `join`, cut.
+            recompute: what blocks forget and compute again.
         """
         self.mesh = mesh
-        if not deepspeed_settings.get("bf16", {}).get("enabled"):
+        self.accumulation = deepspeed_settings["gradient_accumulation_steps"]
+        self._vocab_size = run.model.vocab_size
+        self._tensor_parallel = tensor_parallel_of(mesh)
+        self._scale = 1.0
+        self._grad_norm: Tensor | None = None
+        reduced = deepspeed_settings.get("bf16", {}).get("enabled") or deepspeed_settings.get("fp16", {}).get("enabled")
+        self._fp16 = bool(deepspeed_settings.get("fp16", {}).get("enabled"))
+        if not reduced:
             torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-        model = build_model(run.model, run.run.seed)
-        initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model = build_part(run, mesh, recompute, self._scaled_loss)
+        initial = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
         self.decay_groups = parameter_groups(model, run.optimizer)
-        self.optimizer = build_optimizer(self.decay_groups, run.optimizer, mesh.device)
+        offload = "offload_optimizer" in deepspeed_settings["zero_optimization"]
+        self.optimizer = build_optimizer(self.decay_groups, run.optimizer, mesh.device, offload)
+        if deepspeed_settings["zero_optimization"]["stage"] == 0:
+            # DeepSpeed does not tell the norm at stage 0, and leaves out of it what other stages and ranks hold.
+            clipping = deepspeed_settings["gradient_clipping"]
+            deepspeed_settings = {**deepspeed_settings, "gradient_clipping": 0.0}
+            self.optimizer.register_step_pre_hook(lambda *_: self._clip(clipping))
+        if mesh.layout.pipeline > 1:
+            # Left to itself DeepSpeed sends each tensor rank's part of what it takes for one tensor on all of them;
+            # with sequence parallelism they hold different tokens.
+            deepspeed_settings = {**deepspeed_settings, "pipeline": {"pipe_partitioned": False,
+                                                                     "grad_partitioned": False}}
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that DeepSpeed prints unasked
-            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer,
-                                                      config=deepspeed_settings, dist_init_required=False)
+            mpu = {} if mesh.grid is None or mesh.layout.pipeline > 1 else {"mpu": mesh.grid}  # a stage brings its own
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_settings,
+                                                      dist_init_required=False, **mpu)
         # DeepSpeed makes its fp32 masters from bf16 copies; give them the bits that were drawn, so that the initial
         # weights are the same in every dtype.
-        restore_weights(self.deepspeed, initial)
-        self.accumulation = deepspeed_settings["gradient_accumulation_steps"]
+        restore_weights(self.deepspeed, mesh, initial)
 
     @property
     def device(self) -> torch.device:
         """Where the micro batches must be."""
         return self.mesh.device
 
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """Evaluate the model: [b, s] -> [b, s, v], without gradients."""
+    @property
+    def has_loss(self) -> bool:
+        """Whether this process computes losses: it has the model's last layer."""
+        return self.mesh.place.pipeline == self.mesh.layout.pipeline - 1
+
+    def held_out_nats(self, micro_batches: MicroBatches) -> float:
+        """Sum the nats of micro batches, [b, s] pairs of one shape, in fp64, without gradients.
+
+        The ranks of one data-parallel slice all return the same.
+        """
+        if self.mesh.layout.pipeline > 1:
+            total = evaluate_pipeline(self.deepspeed, micro_batches, self._exact_loss)
+            return self.mesh.sum_pipeline_parallel(0.0 if total is None else float(total))[0]
         self.deepspeed.eval()
+        total = 0.0
         with torch.no_grad():
-            logits = self.deepspeed(input_ids.to(self.device, non_blocking=True))
+            for input_ids, labels in micro_batches:
+                logits = self.deepspeed(input_ids.to(self.device, non_blocking=True))
+                total += float(self._exact_loss(logits, labels.to(self.device, non_blocking=True)))
         self.deepspeed.train()
-        return logits
+        return total
 
     def train_step(self, micro_batches: MicroBatches, lr: float, global_tokens: int | None = None) -> StepResult:
         """Do one optimizer step.
@@ -81,26 +119,36 @@ class Engine:
         assert len(micro_batches) == self.accumulation
         if global_tokens is None:
             global_tokens = int(self.mesh.sum_data_parallel(valid_tokens(micro_batches))[0])
-        scale = backward_scale(global_tokens, self.accumulation, self.mesh.data_parallel_size)
+        self._scale = backward_scale(global_tokens, self.accumulation, self.mesh.data_parallel_size)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.mesh.layout.pipeline > 1:
+            # Its mean over micro batches and data parallel undoes the scale: it is the global mean.
+            loss = self.deepspeed.train_batch(iter(micro_batches))
+        else:
+            loss = self._accumulate(micro_batches)
+        skipped = self._fp16 and bool(self.deepspeed.optimizer.overflow)
+        norm = self._grad_norm if self._grad_norm is not None else self.deepspeed.get_global_grad_norm()
+        return StepResult(loss, norm, skipped)
+
+    def _accumulate(self, micro_batches: MicroBatches) -> Tensor:
         total = torch.zeros((), device=self.device)
         for input_ids, labels in micro_batches:
             logits = self.deepspeed(input_ids.to(self.device, non_blocking=True))
-            nats = loss_sum(logits, labels.to(self.device, non_blocking=True))
-            self.deepspeed.backward(nats * scale)
-            grad_norm = self._unwrapped_norm()
+            loss = self._scaled_loss(logits, labels.to(self.device, non_blocking=True))
+            self.deepspeed.backward(loss)
             self.deepspeed.step()
-            total += nats.detach()
-        if grad_norm is None:
-            grad_norm = self.deepspeed.get_global_grad_norm()
-        return StepResult(self.mesh.sum_tensor_data_parallel(total) / global_tokens, grad_norm)
+            total += loss.detach()
+        return self.mesh.sum_tensor_data_parallel(total) / (self.accumulation * self.mesh.data_parallel_size)
 
-    def _unwrapped_norm(self) -> Tensor | None:
-        """Measure the gradient at stage 0, where DeepSpeed clips but does not tell; elsewhere it tells."""
-        if self.deepspeed.zero_optimization_stage() > 0 or not self.deepspeed.is_gradient_accumulation_boundary():
-            return None
-        return torch.nn.utils.get_total_norm([p.grad for p in self.deepspeed.module.parameters()])
+    def _scaled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return loss_sum(logits, labels, self._vocab_size, self._tensor_parallel) * self._scale
+
+    def _exact_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return exact_loss_sum(logits, labels, self._vocab_size, self._tensor_parallel)
+
+    def _clip(self, clipping: float) -> None:
+        self._grad_norm = clip_gradients(self.deepspeed.module.parameters(), clipping, self.mesh)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model and free its buffers."""

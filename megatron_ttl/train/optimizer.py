@@ -15,7 +15,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     TTL asked for norms without decay by a name that no parameter had, and decayed them all.
 
     Returns:
-        One or two groups of `{"params", "names", "weight_decay"}` that together hold every parameter once.
+        Two groups of `{"params", "names", "weight_decay"}` that together hold every parameter once; also where all
+        have the same decay, for DeepSpeed adds up norms group by group over pipeline stages that must have equally many.
     """
     embeddings = {id(p) for module in model.modules() if isinstance(module, TokenEmbedding)
                   for p in module.parameters()}
@@ -28,13 +29,22 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
         group = groups[0 if decays else 1]
         group["params"].append(parameter)
         group["names"].append(name)
-    return [group for group in groups if group["params"]]
+    if not all(group["params"] for group in groups):
+        full = groups[0] if groups[0]["params"] else groups[1]
+        groups = [{"params": full["params"][part], "names": full["names"][part], "weight_decay": full["weight_decay"]}
+                  for part in (slice(None, -1), slice(-1, None))]
+    return groups
 
 
-def build_optimizer(groups: list[dict], config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+def build_optimizer(groups: list[dict], config: OptimizerConfig, device: torch.device,
+                    offload: bool = False) -> torch.optim.AdamW:
     """Build torch's AdamW; the engine replaces its parameters by fp32 partitions and keeps the rest.
+
+    Fused where that pays: on GPUs, and on the host for state that was put there (DeepSpeed's own CPU optimizer would
+    have to be compiled first).
+
 
     Source: Loshchilov & Hutter 2019, decoupled weight decay.
     """
     bare = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
-    return torch.optim.AdamW(bare, lr=config.lr, betas=config.betas, eps=config.eps, fused=device.type == "cuda")
+    return torch.optim.AdamW(bare, lr=config.lr, betas=config.betas, eps=config.eps, fused=device.type == "cuda" or offload)
