@@ -26,7 +26,7 @@ class Mesh:
     device: torch.device
     layout: Layout = Layout()
     grid: Any = field(default=None, repr=False)
-    """DeepSpeed's grid of process groups, its `mpu`; None while all processes are data parallel."""
+    """DeepSpeed's grid of process groups, its `mpu`."""
 
     @property
     def place(self) -> Place:
@@ -46,7 +46,7 @@ class Mesh:
     @property
     def data_parallel_group(self) -> Any:
         """Processes that hold the same weights and read other samples."""
-        return self.grid.get_data_parallel_group() if self.grid else dist.group.WORLD
+        return self.grid.get_data_parallel_group()
 
     @property
     def tensor_parallel_group(self) -> Any:
@@ -110,10 +110,8 @@ class Mesh:
 
         Every process must call, for process groups are made.
         """
-        assert self.world_size % (tensor * pipeline) == 0 and self.grid is None
+        assert self.world_size % (tensor * pipeline) == 0
         layout = Layout(tensor, pipeline, self.world_size // (tensor * pipeline), sequence and tensor > 1)
-        if tensor * pipeline == 1:
-            return replace(self, layout=layout)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
             grid = PipelineParallelGrid(PipeModelDataParallelTopology(pipeline, tensor, layout.data))
         return replace(self, layout=layout, grid=grid)
@@ -138,7 +136,7 @@ def join(ranks: Ranks, timeout_s: float = 1800.0, rendezvous: str | None = None)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=ranks.rank,
                                 world_size=ranks.world_size, timeout=timedelta(seconds=timeout_s), **where)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    return Mesh(ranks.rank, ranks.world_size, ranks.local_rank, device, Layout(data=ranks.world_size))
+    return Mesh(ranks.rank, ranks.world_size, ranks.local_rank, device).cut()
 
 
 def leave() -> None:

@@ -29,7 +29,7 @@ def clip_gradients(parameters: Iterable[Tensor], clipping: float, mesh: Mesh) ->
     # What every tensor rank holds counts on the first one.
     counted = [p.grad for p in parameters if mesh.place.tensor == 0 or getattr(p, "tensor_model_parallel", False)]
     norm = torch.nn.utils.get_total_norm(counted)
-    if mesh.grid is not None:
+    if mesh.layout.tensor * mesh.layout.pipeline > 1:
         squares = norm.square()
         dist.all_reduce(squares, group=mesh.grid.get_model_parallel_group())
         norm = squares.sqrt()

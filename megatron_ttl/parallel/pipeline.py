@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ttl.config.schema import ModelConfig
+from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL
 from megatron_ttl.model.llama import layer_classes
 from megatron_ttl.parallel.door import LayerSpec, PipelineModule
 from megatron_ttl.parallel.mesh import Mesh
@@ -61,19 +63,29 @@ class PipelineStage(PipelineModule):
         self._set_bounds(start=mine.start, stop=mine.stop)
 
 
-def evaluate_pipeline(engine: Any, micro_batches: MicroBatches, loss: LossFunction) -> Tensor | None:
-    """Send micro batches forward through the stages; every process must call, with micro batches of one shape.
+def evaluate_pipeline(engine: Any, input_ids: Tensor, labels: Tensor, loss: LossFunction) -> float:
+    """Send windows forward through the stages, a micro batch after the other; every process must call.
+
+    Args:
+        engine: DeepSpeed's pipeline engine.
+        input_ids, labels: [b, s]; b need be no multiple of anything, and s need not be the training's.
+        loss: (logits, labels) -> scalar.
 
     Returns:
-        The losses, added up, on the last stage; None on the others.
+        The losses, added up, on the last stage; 0 on the others.
     """
+    rows = min(len(input_ids), engine.micro_batch_size)
+    missing = -len(input_ids) % rows  # all micro batches must have one shape; rows without labels count nothing
+    input_ids = F.pad(input_ids, (0, 0, 0, missing))
+    labels = F.pad(labels, (0, 0, 0, missing), value=IGNORED_LABEL)
+    micro_batches = list(zip(input_ids.split(rows), labels.split(rows), strict=True))
     stage: PipelineStage = engine.module
     training_loss, stage.loss_fn = stage.loss_fn, loss
-    # Buffers between stages have the shape of the last micro batch; evaluation may use another.
+    # Buffers between stages have the shape of the last micro batch, which may be another one.
     engine.reset_activation_shape()
     losses = engine.eval_batch(iter(micro_batches), reduce_output=None, bcast_loss=False,
                                num_micro_batches=len(micro_batches))
     engine.reset_activation_shape()
     stage.loss_fn = training_loss
     stage.train()
-    return torch.stack(losses).sum() if engine.is_last_stage() else None
+    return float(torch.stack(losses).sum()) if engine.is_last_stage() else 0.0

@@ -23,6 +23,9 @@ from megatron_ttl.parallel.shard import tensor_parallel_of
 from megatron_ttl.train.optimizer import build_optimizer, parameter_groups
 
 
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did; the tensors stay where they were computed until somebody reads them."""
@@ -74,7 +77,7 @@ class Engine:
             deepspeed_settings = {**deepspeed_settings, "pipeline": {"pipe_partitioned": False,
                                                                      "grad_partitioned": False}}
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that DeepSpeed prints unasked
-            mpu = {} if mesh.grid is None or mesh.layout.pipeline > 1 else {"mpu": mesh.grid}  # a stage brings its own
+            mpu = {} if mesh.layout.pipeline > 1 else {"mpu": mesh.grid}  # a pipeline stage brings its own
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_settings,
                                                       dist_init_required=False, **mpu)
         # DeepSpeed makes its fp32 masters from bf16 copies; give them the bits that were drawn, so that the initial
@@ -86,25 +89,18 @@ class Engine:
         """Where the micro batches must be."""
         return self.mesh.device
 
-    @property
-    def has_loss(self) -> bool:
-        """Whether this process computes losses: it has the model's last layer."""
-        return self.mesh.place.pipeline == self.mesh.layout.pipeline - 1
+    def held_out_nats(self, input_ids: Tensor, labels: Tensor) -> float:
+        """Sum the nats of held-out windows, [b, s] both, in fp64 and without gradients.
 
-    def held_out_nats(self, micro_batches: MicroBatches) -> float:
-        """Sum the nats of micro batches, [b, s] pairs of one shape, in fp64, without gradients.
-
-        The ranks of one data-parallel slice all return the same.
+        The ranks of one data-parallel slice, which must all call with the same windows, return the same.
         """
         if self.mesh.layout.pipeline > 1:
-            total = evaluate_pipeline(self.deepspeed, micro_batches, self._exact_loss)
-            return self.mesh.sum_pipeline_parallel(0.0 if total is None else float(total))[0]
+            total = evaluate_pipeline(self.deepspeed, input_ids, labels, self._exact_loss)
+            return self.mesh.sum_pipeline_parallel(total)[0]
         self.deepspeed.eval()
-        total = 0.0
         with torch.no_grad():
-            for input_ids, labels in micro_batches:
-                logits = self.deepspeed(input_ids.to(self.device, non_blocking=True))
-                total += float(self._exact_loss(logits, labels.to(self.device, non_blocking=True)))
+            logits = self.deepspeed(input_ids.to(self.device, non_blocking=True))
+            total = float(self._exact_loss(logits, labels.to(self.device, non_blocking=True)))
         self.deepspeed.train()
         return total
 
@@ -130,6 +126,22 @@ class Engine:
         skipped = self._fp16 and bool(self.deepspeed.optimizer.overflow)
         norm = self._grad_norm if self._grad_norm is not None else self.deepspeed.get_global_grad_norm()
         return StepResult(loss, norm, skipped)
+
+    def loss_scale_row(self, skipped: int) -> dict[str, float]:
+        """Return what fp16 adds to a row of metrics; nothing in other precisions."""
+        return {"loss_scale": float(self.deepspeed.optimizer.cur_scale), "skipped_steps": skipped} if self._fp16 else {}
+
+    @property
+    def loss_scaler(self) -> dict[str, float] | None:
+        """State of fp16's loss scale, which a resumed run goes on with; None in other precisions."""
+        if not self._fp16:
+            return None
+        return {key: getattr(self.deepspeed.optimizer.loss_scaler, key) for key in _SCALER_STATE}
+
+    @loss_scaler.setter
+    def loss_scaler(self, state: dict[str, float] | None) -> None:
+        for key, value in (state or {}).items() if self._fp16 else ():
+            setattr(self.deepspeed.optimizer.loss_scaler, key, value)
 
     def _accumulate(self, micro_batches: MicroBatches) -> Tensor:
         total = torch.zeros((), device=self.device)

@@ -16,8 +16,9 @@ from megatron_ttl.checkpoint.state import capture
 from megatron_ttl.config.load import Settings
 from megatron_ttl.data.sampler import StepBatches
 from megatron_ttl.errors import DiskError, ExitCode, UserError
-from megatron_ttl.evaluate.perplexity import held_out_loss
+from megatron_ttl.evaluate.perplexity import held_out_nats
 from megatron_ttl.parallel.mesh import join, leave
+from megatron_ttl.parallel.replicas import replica_faults
 from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.engine import StepResult
 from megatron_ttl.train.session import Session, prepare
@@ -25,7 +26,7 @@ from megatron_ttl.train.stop import StopRequest
 
 
 class DivergedError(UserError):
-    """The loss is no longer a number."""
+    """The loss is no longer a number, or copies of a weight are no longer equal."""
 
     exit_code = ExitCode.FAILED
 
@@ -71,8 +72,14 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
                 session.metrics.row(interval.row(session, lr))
                 interval = Interval()
 
+            # once in a while: see that all processes still train one model
+            due = at_end or state.step % run.checkpoint.every_steps == 0
+            if session.replica_check_steps and (due or state.step % session.replica_check_steps == 0):
+                with interval.paused():
+                    compare_replicas(session)
+
             # once in a while, and at the end: keep it, before anything else can go wrong
-            if at_end or state.step % run.checkpoint.every_steps == 0:
+            if due:
                 if interval.steps:
                     interval.mean_loss(session)
                 with interval.paused():
@@ -107,6 +114,7 @@ class Interval:
     grad_norm: torch.Tensor | float = 0.0
     norms: torch.Tensor | float = 0.0
     steps: int = 0
+    skipped: int = 0
     wait_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     paused_s: float = 0.0
@@ -114,9 +122,12 @@ class Interval:
     def add(self, result: StepResult, wait_s: float) -> None:
         """Count one step."""
         self.loss = self.loss + result.loss
-        self.grad_norm = result.grad_norm
-        self.norms = self.norms + result.grad_norm
         self.steps += 1
+        if result.skipped:
+            self.skipped += 1  # its norm overflowed, which is how the loss scale is found
+        else:
+            self.grad_norm = result.grad_norm
+            self.norms = self.norms + result.grad_norm
         self.wait_s += wait_s
 
     @contextmanager
@@ -149,7 +160,20 @@ class Interval:
                 "grad_norm": float(self.grad_norm), "tokens_per_s": self.steps * run.train.tokens_per_step / elapsed,
                 "step_s": elapsed / self.steps, "data_wait_s": self.wait_s / self.steps,
                 "peak_memory_bytes": session.peak_memory_bytes(), "epochs": session.epochs(),
-                **session.energy_row()}
+                **session.engine.loss_scale_row(self.skipped), **session.energy_row()}
+
+
+def compare_replicas(session: Session) -> None:
+    """See that copies of weights on several processes are equal bit for bit.
+
+    Raises:
+        DivergedError: they are not; nothing of this state may be kept.
+    """
+    faults = replica_faults(session.engine.deepspeed, session.mesh)
+    if faults:
+        kept = max(session.folder.store.steps(), default=0)
+        raise DivergedError(f"step {session.state.step}: copies of a weight differ, and must be equal bit for bit; a "
+                            f"machine or a connection made an error: start again without it, from step {kept}", *faults[:20])
 
 
 def save(session: Session) -> None:
@@ -159,24 +183,20 @@ def save(session: Session) -> None:
         DiskError: the third save in a row failed.
     """
     state = session.state
-    groups = capture(session.engine.deepspeed, session.run.model, keep=session.mesh.is_first)
+    pieces = capture(session.engine.deepspeed, session.run.model, session.mesh)
     record = session.record()
-    fault: DiskError | None = None
-    if session.mesh.is_first:
-        try:
-            session.folder.store.save(state.step, groups, record)
-            for warning in session.folder.store.warnings:
-                print(f"warning: {warning}", file=sys.stderr)
-        except DiskError as error:
-            fault = error
-    failed = session.mesh.any(fault is not None)
-    state.failed_saves = state.failed_saves + 1 if failed else 0
-    if not failed:
-        session.metrics.row({"event": "checkpoint", "step": state.step, "tokens": state.consumed_tokens})
-    elif state.failed_saves >= 3:
-        raise fault or DiskError(f"step {state.step}: the first process could not write a checkpoint three times")
-    elif fault:
-        print(f"warning: {fault} (save {state.failed_saves} of 3 failed; training goes on)", file=sys.stderr)
+    try:
+        session.folder.store.save(state.step, pieces, record, session.mesh)
+    except DiskError as error:  # on every process, or on none
+        state.failed_saves += 1
+        if state.failed_saves >= 3:
+            raise
+        session.say(f"warning: {error} (save {state.failed_saves} of 3 failed; training goes on)")
+        return
+    state.failed_saves = 0
+    for warning in session.folder.store.warnings:
+        session.say(f"warning: {warning}")
+    session.metrics.row({"event": "checkpoint", "step": state.step, "tokens": state.consumed_tokens})
 
 
 def evaluate(session: Session) -> dict[str, Any]:
@@ -184,7 +204,9 @@ def evaluate(session: Session) -> dict[str, Any]:
     mesh = session.mesh
     row: dict[str, Any] = {"event": "evaluation", "step": session.state.step, "tokens": session.state.consumed_tokens}
     for prefix, dataset in session.held_out.items():
-        nats, tokens = held_out_loss(session.engine.logits, dataset, session.micro_batch,
+        # Several micro batches at a time, or the stages of a pipeline would wait for each other.
+        nats, tokens = held_out_nats(session.engine.held_out_nats, dataset,
+                                     session.micro_batch * (4 * mesh.layout.pipeline if mesh.layout.pipeline > 1 else 1),
                                      rank=mesh.data_parallel_rank, world_size=mesh.data_parallel_size)
         nats, tokens = mesh.sum_data_parallel(nats, tokens)
         row[f"loss/{prefix}"] = nats / tokens

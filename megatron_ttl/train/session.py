@@ -59,6 +59,7 @@ class Session:
     energy: EnergyMeter
     metrics: MetricLogger
     micro_batch: int
+    replica_check_steps: int | None
     state: TrainState = field(default_factory=TrainState)
 
     def say(self, line: str) -> None:
@@ -90,7 +91,7 @@ class Session:
         return {"step": self.state.step, "consumed_samples": self.state.consumed_samples,
                 "consumed_tokens": self.state.consumed_tokens, "epochs": self.epochs(),
                 "lr": self.schedule.at(self.state.step), "energy": energy, "order": self.dataset.record(),
-                "bos": self.dataset.datasets[0].manifest.bos,
+                "bos": self.dataset.datasets[0].manifest.bos, "loss_scaler": self.engine.loss_scaler,
                 "wandb_run_id": self.metrics.wandb_run_id, "run": self.run.model_dump(mode="json"),
                 "versions": environment_report()}
 
@@ -152,7 +153,8 @@ def _claim(folder: RunFolder, mesh: Mesh) -> Checkpoint | None:
 
 def _resume(session: Session, checkpoint: Checkpoint) -> None:
     record, state = checkpoint.record, session.state
-    restore(session.engine.deepspeed, session.run.model, checkpoint.tensors, record["step"])
+    restore(session.engine.deepspeed, session.run.model, session.mesh, checkpoint, record["step"])
+    session.engine.loss_scaler = record.get("loss_scaler")
     state.step = record["step"]
     state.consumed_samples = record["consumed_samples"]
     state.consumed_tokens = record["consumed_tokens"]
