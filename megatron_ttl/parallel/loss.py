@@ -62,16 +62,15 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
         del exponentials
         inside, place = _place(flat, first, own.shape[1])
         picked = parallel.sum(_pick(own, place, inside).float() - torch.where(inside, largest, 0.0))
-        log_normaliser = largest + total.log()
-        ctx.save_for_backward(logits, flat, log_normaliser)
+        ctx.save_for_backward(logits, flat, largest, total)
         ctx.first, ctx.own = first, own.shape[1]
         return torch.where(flat != IGNORED_LABEL, total.log() - picked, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, flat, log_normaliser = ctx.saved_tensors
+        logits, flat, largest, total = ctx.saved_tensors
         own = logits.flatten(0, -2)[:, : ctx.own]
-        probabilities = (own.float() - log_normaliser[:, None]).exp_()
+        probabilities = (own.float() - largest[:, None]).exp_().div_(total[:, None])
         inside, place = _place(flat, ctx.first, ctx.own)
         if ctx.own:
             probabilities.scatter_add_(1, place[:, None], -inside.float()[:, None])
