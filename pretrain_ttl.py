@@ -18,8 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="machine profile (configs/cpu.json)")
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="TOML", help="run file (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="report every fault and the plan; touch no device")
-    parser.add_argument("--data-parallel-size", type=int, default=None, metavar="N",
-                        help="with --dry-run: the number of GPUs to plan for (default: 1)")
+    parser.add_argument("--world-size", type=int, default=None, metavar="N",
+                        help="with --dry-run: the number of processes (GPUs) to plan for (default: 1)")
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run file, in TOML")
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             from megatron_ttl.plan.forecast import dry_run, print_forecast
 
             print_forecast(dry_run(arguments.deepspeed_config, arguments.config, arguments.overrides,
-                                   arguments.data_parallel_size or ranks.world_size), arguments.json)
+                                   arguments.world_size or ranks.world_size), arguments.json)
             return 0
         settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
         if ranks.is_first and arguments.config == DEFAULT_CONFIG:

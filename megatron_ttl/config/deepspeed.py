@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 _NEVER = 2**31 - 1  # steps_per_print: the lines of a run are ours
 
 
+class OffloadConfig(Section):
+    """Keep the optimizer's state in host memory, and update it there."""
+
+    device: Literal["cpu"]
+    """The host's memory."""
+    pin_memory: bool = False
+    """Page-locked: copies are quicker, and the host cannot use the memory for anything else."""
+
+
 class ZeroConfig(Section):
     """How the state of the training is spread over the processes. Left out: DeepSpeed's own default."""
 
@@ -36,6 +45,8 @@ class ZeroConfig(Section):
     """Stage 3: weights smaller than this stay whole on every process."""
     stage3_max_live_parameters: int | None = Field(default=None, ge=0)
     """Stage 3: elements that may be whole at a time."""
+    offload_optimizer: OffloadConfig | None = None
+    """Masters and moments on the host, 12 bytes per parameter less on the GPU; stages 1 to 3."""
 
 
 class Bf16Config(Section):
@@ -45,20 +56,41 @@ class Bf16Config(Section):
     """true: bf16; false, or no such section: fp32."""
 
 
+class Fp16Config(Section):
+    """fp16 weights and activations over fp32 master weights, for GPUs older than A100; the loss is scaled up so that
+    small gradients survive, and a step whose gradients overflow is skipped and lowers the scale.
+    """
+
+    enabled: bool
+    """true: fp16; false, or no such section: bf16 or fp32."""
+    initial_scale_power: int = Field(default=16, ge=0, le=32)
+    """The scale begins at 2 to this power."""
+    loss_scale_window: int = Field(default=1000, gt=0)
+    """Steps without overflow after which the scale is doubled."""
+    hysteresis: int = Field(default=2, gt=0)
+    """Overflows that are let pass before the scale is halved."""
+    min_loss_scale: float = Field(default=1.0, gt=0)
+    """Below this the run ends: the gradients overflow by themselves."""
+
+
 class DataTypesConfig(Section):
     """Number formats inside the engine."""
 
     grad_accum_dtype: Literal["fp32"] = "fp32"
-    """Gradients are added up in fp32; bf16 sums lose the small ones."""
+    """Gradients are added up in fp32; sums in bf16 or fp16 lose the small ones."""
 
 
 class ParallelConfig(Section):
     """How the machine is cut; read and removed before DeepSpeed sees the file."""
 
     tensor: int = Field(default=1, gt=0)
-    """Tensor-parallel degree; 1 in this release."""
+    """Processes that share every layer; they should share a machine. What both degrees leave is data parallel."""
     pipeline: int = Field(default=1, gt=0)
-    """Pipeline-parallel degree; 1 in this release."""
+    """Stages of consecutive layers, through which micro batches flow."""
+    sequence: bool = False
+    """Share out the tokens of norms and residual stream among tensor-parallel ranks: less memory, same traffic."""
+    replica_check_steps: int | None = Field(default=1000, gt=0)
+    """Compare the copies of weights by checksum after every so many steps and before every save; null: never."""
 
 
 class DeepSpeedProfile(Section):
@@ -69,16 +101,26 @@ class DeepSpeedProfile(Section):
     zero_optimization: ZeroConfig
     bf16: Bf16Config | None = None
     data_types: DataTypesConfig | None = None
-    communication_data_type: Literal["fp32", "bf16"] = "fp32"
+    fp16: Fp16Config | None = None
+    communication_data_type: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format in which gradients travel between processes."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass to save memory: outputs of norms and SwiGLU, or whole blocks."""
     wall_clock_breakdown: bool = False
     """Time the parts of a step; it waits for the device, so the run is slower."""
     parallel: ParallelConfig | None = None
 
     @property
-    def precision(self) -> Literal["bf16", "fp32"]:
+    def precision(self) -> Literal["bf16", "fp16", "fp32"]:
         """Number format of weights and activations in the forward and backward pass."""
-        return "bf16" if self.bf16 is not None and self.bf16.enabled else "fp32"
+        if self.bf16 is not None and self.bf16.enabled:
+            return "bf16"
+        return "fp16" if self.fp16 is not None and self.fp16.enabled else "fp32"
+
+    @property
+    def cut(self) -> ParallelConfig:
+        """The degrees, given or not."""
+        return self.parallel or ParallelConfig()
 
 
 _AUTO = "absent or \"auto\""
@@ -91,13 +133,11 @@ _RUN_OWNED = {
     "steps_per_print": "log.every_steps of the run file owns it",
 }
 _NOT_OFFERED = {
-    "fp16": "fp16 needs loss scaling, which is not in this release; use {\"bf16\": {\"enabled\": true}} or "
-            "fp32",
     "torch_autocast": "bf16 with fp32 master weights is offered instead: {\"bf16\": {\"enabled\": true}}",
-    "activation_checkpointing": "recomputing activations is not available yet; lower the micro batch",
-    "tensor_parallel": "the degrees stand in \"parallel\": {\"tensor\": 1, \"pipeline\": 1}",
-    "pipeline": "the degrees stand in \"parallel\": {\"tensor\": 1, \"pipeline\": 1}",
-    "sequence_parallel_size": "the degrees stand in \"parallel\": {\"tensor\": 1, \"pipeline\": 1}",
+    "activation_checkpointing": "\"recompute\": \"selective\" or \"full\" does it, with any layout",
+    "tensor_parallel": "the degrees stand in \"parallel\": {\"tensor\": 2, \"pipeline\": 1}",
+    "pipeline": "the degrees stand in \"parallel\": {\"tensor\": 1, \"pipeline\": 2}",
+    "sequence_parallel_size": "sequence parallelism is \"parallel\": {\"tensor\": 2, \"sequence\": true}",
     "checkpoint": "[checkpoint] of the run file and our own store keep the run",
     "wandb": "log.wandb of the run file owns it",
     "tensorboard": "metrics.jsonl in the run folder has every figure",
@@ -117,20 +157,16 @@ _NOT_OFFERED = {
     "dump_state": "`tools/show_config.py` prints the settings",
     "memory_breakdown": "the log line and metrics.jsonl give the memory",
     "dataloader_drop_last": "the samples of a step are a function of run.seed of the run file",
-    "aio": "offloading is not available yet",
-    "zero_optimization.offload_optimizer": "offloading is not available yet; use a higher stage or a smaller "
-                                           "micro batch",
-    "zero_optimization.offload_param": "offloading is not available yet; use a higher stage or a smaller "
-                                       "micro batch",
-    "zero_optimization.cpu_offload": "offloading is not available yet; use a higher stage or a smaller micro "
-                                     "batch",
+    "aio": "offloading to disks is not offered",
+    "zero_optimization.offload_param": "only the optimizer is offloaded; stage 3 spreads the weights",
+    "zero_optimization.cpu_offload": "it is called zero_optimization.offload_optimizer today",
     "zero_optimization.compute_grad_norm": "the norm is logged and clipped, so it is always computed",
     "zero_optimization.allgather_partitions": "it stays at DeepSpeed's default",
-    "zero_optimization.round_robin_gradients": "it helps offloading alone, which is not available yet",
-    "zero_optimization.sub_group_size": "it helps offloading alone, which is not available yet",
+    "zero_optimization.round_robin_gradients": "it is not offered in this release",
+    "zero_optimization.sub_group_size": "it is not offered in this release",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save":
         "our own checkpoint store gathers the weights",
-    "data_types.param_dtype": "\"bf16\" decides it",
+    "data_types.param_dtype": "\"bf16\" and \"fp16\" decide it",
 }
 _REMOVED = (
     "nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue",
@@ -182,21 +218,38 @@ def _refusal(key: str) -> str:
 def profile_faults(profile: DeepSpeedProfile, wrong: frozenset[str]) -> list[Fault]:
     """Return the faults between the keys of a profile; keys that are `wrong` by themselves are left out."""
     faults: list[Fault] = []
-    bf16 = "bf16" not in wrong and "bf16.enabled" not in wrong and profile.precision == "bf16"
-    if bf16 and "zero_optimization.stage" not in wrong and profile.zero_optimization.stage == 0:
-        faults.append(("zero_optimization.stage", "is 0 with bf16; must be 1, 2 or 3: DeepSpeed's stage 0 "
-                       "makes an empty optimizer step first in bf16, so Adam counts its first step twice; "
+    if not wrong & {"bf16", "bf16.enabled", "fp16", "fp16.enabled"}:
+        faults += _precision_faults(profile, wrong)
+    if wrong & {"zero_optimization", "zero_optimization.stage"}:
+        return faults
+    stage = profile.zero_optimization.stage
+    if stage == 0 and "zero_optimization.offload_optimizer" not in wrong and profile.zero_optimization.offload_optimizer is not None:
+        faults.append(("zero_optimization.offload_optimizer", "is given with stage 0; needs stage 1, 2 or 3: DeepSpeed "
+                       "ignores it otherwise; raise zero_optimization.stage"))
+    if not wrong & {"parallel", "parallel.pipeline"} and profile.cut.pipeline > 1 and stage > 1:
+        faults.append(("zero_optimization.stage", f"is {stage} with parallel.pipeline {profile.cut.pipeline:,}; must be 0 "
+                       "or 1 there: a stage adds up gradients over all micro batches before it reduces them, so DeepSpeed "
+                       "forbids spreading them; set it to 1, or pipeline to 1"))
+    return faults
+
+
+def _precision_faults(profile: DeepSpeedProfile, wrong: frozenset[str]) -> list[Fault]:
+    faults: list[Fault] = []
+    precision = profile.precision
+    if profile.bf16 is not None and profile.bf16.enabled and profile.fp16 is not None and profile.fp16.enabled:
+        faults.append(("fp16.enabled", "is true, and so is bf16.enabled; only one may be; use bf16 on A100 and newer, fp16 "
+                       "on older GPUs"))
+    if precision != "fp32" and not wrong & {"zero_optimization", "zero_optimization.stage"} and profile.zero_optimization.stage == 0:
+        faults.append(("zero_optimization.stage", f"is 0 with {precision}; must be 1, 2 or 3: DeepSpeed's stage 0 "
+                       f"makes an empty optimizer step first in {precision}, so Adam counts its first step twice; "
                        "use stage 1, which takes the same memory on one process"))
-    if not bf16 and "communication_data_type" not in wrong and profile.communication_data_type == "bf16":
-        faults.append(("communication_data_type", "is \"bf16\" in an fp32 run; must be \"fp32\" there, or "
-                       "gradients are rounded on their way; remove it or enable bf16"))
-    for degree in ("tensor", "pipeline"):
-        if profile.parallel is not None and f"parallel.{degree}" not in wrong and "parallel" not in wrong:
-            value = getattr(profile.parallel, degree)
-            if value != 1:
-                faults.append((f"parallel.{degree}", f"is {value:,}; must be 1 in this release: other "
-                               "degrees are not available yet; set it to 1 (data-parallel processes and ZeRO "
-                               "work)"))
+    if "communication_data_type" in wrong:
+        return faults
+    travel = profile.communication_data_type
+    if travel not in ("fp32", precision):
+        faults.append(("communication_data_type", f"is \"{travel}\" in an {precision} run; must be \"fp32\""
+                       f"{'' if precision == 'fp32' else f' or {chr(34)}{precision}{chr(34)}'} there, or gradients are "
+                       f"rounded on their way; remove it or enable {travel}"))
     return faults
 
 
@@ -208,14 +261,14 @@ def resolve_deepspeed(settings: Settings, data_parallel_size: int) -> dict[str, 
     """
     profile, run = settings.profile, settings.run
     passes = accumulation(settings, data_parallel_size)
-    bf16 = profile.precision == "bf16"
+    precision = profile.precision
     resolved: dict[str, Any] = {
         "train_batch_size": run.samples_per_step,
         "train_micro_batch_size_per_gpu": profile.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": passes,
         "gradient_clipping": run.train.gradient_clipping,
         "zero_optimization": profile.zero_optimization.model_dump(exclude_none=True),
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": precision == "bf16"},
         "communication_data_type": profile.communication_data_type,
         "steps_per_print": _NEVER,
         "wall_clock_breakdown": profile.wall_clock_breakdown,
@@ -223,7 +276,12 @@ def resolve_deepspeed(settings: Settings, data_parallel_size: int) -> dict[str, 
         # DeepSpeed's throughput timer waits for the device twice in every micro step; our line needs none.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
-    if bf16:
-        # DeepSpeed's own default adds gradients up in bf16.
+    if precision == "fp16":
+        assert profile.fp16 is not None
+        resolved["fp16"] = {**profile.fp16.model_dump(), "loss_scale": 0}  # 0: found and adapted
+    if precision != "fp32":
+        # DeepSpeed's own default adds gradients up in the precision of the weights.
         resolved["data_types"] = {"grad_accum_dtype": "fp32"}
+    if profile.zero_optimization.offload_optimizer is not None:
+        resolved["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW needs no compiler
     return resolved

@@ -16,6 +16,7 @@ from megatron_ttl.config.deepspeed import (
     profile_faults,
     take_notes_and_owned,
 )
+from megatron_ttl.config.degrees import degree_faults, world_fault
 from megatron_ttl.config.describe import known_keys, leaf_keys
 from megatron_ttl.config.overrides import WHERE as COMMAND_LINE
 from megatron_ttl.config.overrides import apply_overrides
@@ -89,8 +90,8 @@ def load_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
 
 
 def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
-                  overrides: Iterable[str] = (), data_parallel_size: int | None = None) -> Reading:
-    """Read and check everything; with `data_parallel_size`, also how the steps are shared out."""
+                  overrides: Iterable[str] = (), world_size: int | None = None) -> Reading:
+    """Read and check everything; with `world_size`, the number of processes, also how the steps are shared out."""
     run_path, deepspeed_path = Path(run_config), Path(deepspeed_config)
     run_text, faults = read_text(run_path, "a run file in TOML", "--config")
     what = "a DeepSpeed configuration in JSON"
@@ -101,17 +102,30 @@ def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
     profile, origin, device, more = _check_profile(deepspeed_text, deepspeed_path)
     faults += more
     wrong = run.wrong | profile.wrong
-    if data_parallel_size is not None and data_parallel_size < 1:
-        faults.append(f"{COMMAND_LINE}: --data-parallel-size: is {data_parallel_size:,}; must be a whole "
-                      "number > 0; give the number of processes")
-    elif data_parallel_size is not None and not wrong & {
-            "train", "train.tokens_per_step", "train.sequence_length", "train_micro_batch_size_per_gpu"}:
-        fault = accumulation_fault(run.value.train.tokens_per_step, run.value.train.sequence_length,
-                                   profile.value.train_micro_batch_size_per_gpu, data_parallel_size)
-        faults += [f"{deepspeed_path}: train_micro_batch_size_per_gpu: {fault}"] if fault else []
+    faults += [f"{deepspeed_path}: {key}: {fault}" for key, fault in degree_faults(run.value, profile.value, wrong)]
+    if world_size is not None:
+        faults += _world_faults(run.value, profile.value, deepspeed_path, wrong, world_size)
     settings = Settings(run.value, profile.value, run_origin | origin, run_text, deepspeed_text, run_path,
                         deepspeed_path, device)
     return Reading(settings, faults, wrong)
+
+
+def _world_faults(run: RunFile, profile: DeepSpeedProfile, path: Path, wrong: frozenset[str],
+                  world_size: int) -> list[str]:
+    """Return the faults that appear once the number of processes is known."""
+    if world_size < 1:
+        return [f"{COMMAND_LINE}: --world-size: is {world_size:,}; must be a whole number > 0; give the number of "
+                "processes"]
+    if wrong & {"parallel", "parallel.tensor", "parallel.pipeline"}:
+        return []
+    if fault := world_fault(profile, world_size):
+        return [f"{path}: parallel: {fault}"]
+    if wrong & {"train", "train.tokens_per_step", "train.sequence_length", "train_micro_batch_size_per_gpu"}:
+        return []
+    fault = accumulation_fault(run.train.tokens_per_step, run.train.sequence_length,
+                               profile.train_micro_batch_size_per_gpu,
+                               world_size // (profile.cut.tensor * profile.cut.pipeline))
+    return [f"{path}: train_micro_batch_size_per_gpu: {fault}"] if fault else []
 
 
 def _check_run(text: str, path: Path, overrides: list[str]

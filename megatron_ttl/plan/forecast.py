@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ttl.config.checks import accumulation
+from megatron_ttl.config.degrees import data_parallel_size_of
 from megatron_ttl.config.load import Settings, read_settings
 from megatron_ttl.config.schema import EnergyConfig, RunFile
 from megatron_ttl.console import print_result
@@ -38,13 +39,14 @@ Source: NVIDIA data sheets.
 """
 
 
-def forecast(settings: Settings, data_parallel_size: int) -> dict[str, Any]:
-    """Return what the run will take.
+def forecast(settings: Settings, world_size: int) -> dict[str, Any]:
+    """Return what the run will take on so many processes.
 
     Raises:
-        ConfigError: tokens_per_step is no multiple of micro batch x sequence x data_parallel_size.
+        ConfigError: the degrees do not divide the processes, or micro batches the step.
     """
     run, model = settings.run, settings.run.model
+    data_parallel_size = data_parallel_size_of(settings, world_size)
     schedule = Schedule.of(run)
     sequence, tokens = run.train.sequence_length, run.total_steps * run.train.tokens_per_step
     parameters = count_parameters(model)
@@ -73,7 +75,7 @@ def forecast(settings: Settings, data_parallel_size: int) -> dict[str, Any]:
         "checkpoint_bytes": BYTES_PER_PARAMETER * parameters,
         "checkpoints_at_once_bytes": _checkpoints_at_once(run) * BYTES_PER_PARAMETER * parameters,
     }
-    result |= _duration(settings.device, result["flops"], data_parallel_size)
+    result |= _duration(settings.device, result["flops"], world_size)
     result["epochs"] = _epochs(run, tokens)
     return result
 
@@ -85,15 +87,15 @@ def _checkpoints_at_once(run: RunFile) -> int:
     return min(total // keep.every_steps + 1, for_good + keep.keep_last) + 1
 
 
-def _duration(device: str | None, flops: float, data_parallel_size: int) -> dict[str, Any]:
+def _duration(device: str | None, flops: float, world_size: int) -> dict[str, Any]:
     peak = peak_flops_per_s(device) if device is not None else None
     if device is None or peak is None:
         return {}
-    hours = flops / (peak * ASSUMED_MFU * data_parallel_size) / 3600
+    hours = flops / (peak * ASSUMED_MFU * world_size) / 3600
     result: dict[str, Any] = {"device": device, "hours_at_40_percent_mfu": hours}
     power = next((watts for name, watts in BOARD_POWER_W.items() if name in device), None)
     if power is not None:
-        result["kwh_of_the_boards"] = hours * data_parallel_size * power / 1000
+        result["kwh_of_the_boards"] = hours * world_size * power / 1000
     return result
 
 
@@ -116,13 +118,13 @@ def _manifest(prefix: str) -> DatasetManifest | None:
 
 
 def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
-            overrides: Sequence[str], data_parallel_size: int) -> dict[str, Any]:
+            overrides: Sequence[str], world_size: int) -> dict[str, Any]:
     """Check everything that can be checked without a device, and return the forecast.
 
     Raises:
         ConfigError: with every fault of both files, the overrides, the data and the disk.
     """
-    reading = read_settings(deepspeed_config, run_config, overrides, data_parallel_size)
+    reading = read_settings(deepspeed_config, run_config, overrides, world_size)
     faults = list(reading.faults)
     run = reading.settings.run
     if any(": energy" in fault for fault in faults):
@@ -134,7 +136,7 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
         except UserError as error:
             faults += [fault for fault in error.faults if fault not in faults]
     raise_faults(ConfigError, faults)
-    result = forecast(reading.settings, data_parallel_size)
+    result = forecast(reading.settings, world_size)
     require_free_space(Path(run.run.dir), result["checkpoints_at_once_bytes"], "all checkpoints of the run")
     return result
 

@@ -12,10 +12,11 @@ import torch
 from megatron_ttl.checkpoint.state import restore
 from megatron_ttl.checkpoint.store import Checkpoint
 from megatron_ttl.config.deepspeed import resolve_deepspeed
+from megatron_ttl.config.degrees import data_parallel_size_of, device_faults
 from megatron_ttl.config.load import Settings
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
-from megatron_ttl.errors import UserError
+from megatron_ttl.errors import ConfigError, UserError, raise_faults
 from megatron_ttl.files import require_free_space
 from megatron_ttl.model.flops import BYTES_PER_PARAMETER, count_parameters
 from megatron_ttl.parallel.mesh import Mesh
@@ -107,13 +108,15 @@ def prepare(settings: Settings, mesh: Mesh) -> Session:
     Raises:
         UserError: with all faults of a kind; every process raises, and none is left waiting.
     """
-    run = settings.run
+    run, profile = settings.run, settings.profile
+    raise_faults(ConfigError, device_faults(settings, mesh.device.type == "cuda"))
     dataset, held_out = open_data(run)
-    resolved = resolve_deepspeed(settings, mesh.data_parallel_size)
+    resolved = resolve_deepspeed(settings, data_parallel_size_of(settings, mesh.world_size))
+    mesh = mesh.cut(profile.cut.tensor, profile.cut.pipeline, profile.cut.sequence)
     folder = RunFolder(settings)
     checkpoint = _claim(folder, mesh)
     seed_everything(run.run.seed)
-    engine = Engine(run, resolved, mesh)
+    engine = Engine(run, resolved, mesh, profile.recompute)
     carried = checkpoint.record if checkpoint else {}
     if mesh.is_first:
         folder.describe(resolved, environment_report(), tokenizer_directory(dataset))
@@ -123,7 +126,7 @@ def prepare(settings: Settings, mesh: Mesh) -> Session:
     so_far = carry_on(carried.get("energy"), last_row) if mesh.is_first else None
     energy = EnergyMeter(run.energy, folder.path, measures=mesh.local_rank == 0, carried=so_far)
     session = Session(run, mesh, folder, dataset, held_out, Schedule.of(run), engine, energy, metrics,
-                      resolved["train_micro_batch_size_per_gpu"])
+                      profile.train_micro_batch_size_per_gpu, profile.cut.replica_check_steps)
     if checkpoint is not None:
         _resume(session, checkpoint)
     _introduce(session, checkpoint)
@@ -169,6 +172,9 @@ def _introduce(session: Session, checkpoint: Checkpoint | None) -> None:
     session.say(f"{run.train.tokens_per_step:,} tokens per step = {session.engine.accumulation} x "
                 f"{session.micro_batch} x {run.train.sequence_length} x {session.mesh.data_parallel_size} "
                 "(accumulation x micro batch x sequence x data parallel)")
+    if session.mesh.layout.tensor * session.mesh.layout.pipeline > 1:
+        session.say(f"layout: {session.mesh.layout}")
+    # With a pipeline these are the first stage's.
     session.say("; ".join(f"{len(group['names'])} tensors with weight decay {group['weight_decay']}"
                           for group in session.engine.decay_groups)
                 + f"; {sum(dataset.remainder_tokens):,} tokens of the data left over by whole sequences")

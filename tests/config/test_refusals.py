@@ -158,10 +158,13 @@ BAD_PROFILES = [
     {"optimizer": {"type": "AdamW", "params": {"lr": -1}}}, {"gradient_clipping": "abc"}, {"gradient_clipping": 1.0},
     {"gradient_accumulation_steps": 2.5}, {"gradient_accumulation_steps": 0}, {"train_batch_size": 7},
     {"zero_optimization": {"stage": 7}}, {"zero_optimization": {"stage": 1, "overlap_com": True}},
-    {"fp16": {"enabled": True}, "bf16": {"enabled": True}}, {"fp16": {"enabled": True}},
+    {"fp16": {"enabled": True}, "bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale": 0}},
+    {"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}},
+    {"parallel": {"pipeline": 2}, "zero_optimization": {"stage": 2}}, {"recompute": "some"},
     {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, {"train_micro_batch_size_per_gpu": "auto"},
-    {"scheduler": {"type": "WarmupLR"}}, {"parallel": {"tensor": 2}}, {"data_types": {"grad_accum_dtype": "bf16"}},
-    {"elasticity": {"enabled": True}}, {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+    {"scheduler": {"type": "WarmupLR"}}, {"parallel": {"tensor": 3}}, {"data_types": {"grad_accum_dtype": "bf16"}},
+    {"elasticity": {"enabled": True}}, {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
+    {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
 ]
 
 

@@ -178,7 +178,7 @@ def test_none_takes_an_optional_key_away(tmp_path):
     ({"communication_data_type": "bf16"}, "in an fp32 run"), ({"_comment": 3}, "is neither text nor a list"),
     ({"_device": 3}, "must name the accelerator"),
     ({"train_batch_size": 8}, "train.tokens_per_step of the run file owns it"),
-    ({"parallel": {"pipeline": 4}}, "other degrees are not available yet"),
+    ({"parallel": {"pipeline": 0}}, "parallel.pipeline: is 0; must be"),
     ({"wandb": {}}, "log.wandb of the run file"),
     ({"zero_optimization": {"stage": 3, "mics_shard_size": 8}}, "was removed from DeepSpeed in 0.19.8"),
     ({"bf16.enabled": True}, "did you mean 'bf16.enabled'"), ({"a\nb": 1}, r'"a\\nb": is not a key'),

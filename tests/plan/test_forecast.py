@@ -99,5 +99,5 @@ def test_the_device_of_a_profile_may_have_any_name(tmp_path, device, has_hours, 
 def test_no_process_is_no_world(tmp_path):
     """A negative number of processes."""
     deepspeed, run = write_settings(tmp_path, write_data(tmp_path / "data"), tmp_path / "run")
-    with pytest.raises(ConfigError, match="--data-parallel-size: is -1; must be a whole number > 0"):
+    with pytest.raises(ConfigError, match="--world-size: is -1; must be a whole number > 0"):
         dry_run(deepspeed, run, [], -1)
