@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from megatron_ttl.checkpoint.bounded_json import MAX_JSON_BYTES, parse_json_object, read_json_object, read_regular_file
+from megatron_ttl.checkpoint.peers import ALONE, Peers
+from megatron_ttl.checkpoint.pieces import Piece, cover_fault
 from megatron_ttl.checkpoint.tensor_file import dtype_name, encoded_bytes
 from megatron_ttl.errors import CheckpointError, raise_faults
 from megatron_ttl.files import checksum, checksum_bytes
@@ -23,6 +24,7 @@ MANIFEST = "manifest.json"
 RECORD = "record.json"
 _CURE = "use another checkpoint"
 _GROUP = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_RANKED = r"-\d{5}\.safetensors"
 _TEMPLATE = "xxh3:" + "0" * 32
 
 
@@ -37,44 +39,101 @@ class FileEntry(_Strict):
     checksum: str = Field(pattern="^xxh3:[0-9a-f]{32}$")
 
 
+class PieceEntry(_Strict):
+    """A part of a tensor in one of the files, under the tensor's name."""
+
+    file: str
+    offset: list[int]
+    shape: list[int]
+
+
 class TensorEntry(_Strict):
-    """One tensor, in the words of safetensors."""
+    """One tensor, in the words of safetensors; without pieces it lies whole in its group's only file."""
 
     dtype: str
     shape: list[int]
+    pieces: list[PieceEntry] | None = None
+
+    def whole(self, file: str) -> PieceEntry:
+        """Return the only piece of a tensor that is in one."""
+        return PieceEntry(file=file, offset=[0] * len(self.shape), shape=self.shape)
 
 
 class Manifest(_Strict):
     """Everything in the folder by name; a file that is not named here is never read."""
 
     format: Literal["megatron_ttl checkpoint"] = "megatron_ttl checkpoint"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
+    """2: several processes wrote, and tensors have pieces."""
     step: int = Field(ge=0)
     files: dict[str, FileEntry]
     groups: dict[str, dict[str, TensorEntry]]
 
     def encode(self) -> bytes:
         """Return the file's bytes. They hold their own checksum: a flipped bit in them shows as well."""
-        body = self.model_dump()
+        body = self.model_dump(exclude_none=True)
         sealed = {"checksum": checksum_bytes(_canonical(body)), **body}
         return _canonical(sealed) + b"\n"
 
 
-def file_name(group: str) -> str:
-    """Return the file that holds a group of tensors."""
-    return f"{group}.safetensors"
+    def contents(self) -> dict[str, dict[str, TensorEntry]]:
+        """Return what each file of tensors must hold."""
+        found: dict[str, dict[str, TensorEntry]] = {}
+        if self.version == 1:
+            found = {file_name(group): {} for group in self.groups}
+        for group, entries in self.groups.items():
+            for name, entry in entries.items():
+                for piece in entry.pieces or [entry.whole(file_name(group))]:
+                    found.setdefault(piece.file, {})[name] = TensorEntry(dtype=entry.dtype, shape=piece.shape)
+        return found
 
 
-def plan_manifest(step: int, groups: Mapping[str, Mapping[str, Tensor]], record: bytes) -> Manifest:
-    """Describe a checkpoint that is about to be written: sizes are final, checksums are still blank."""
-    wrong = [group for group in groups if not _GROUP.fullmatch(group)]
+def file_name(group: str, rank: int | None = None) -> str:
+    """Return the file that holds a group of tensors, or one process's pieces of it."""
+    return f"{group}.safetensors" if rank is None else f"{group}-{rank:05d}.safetensors"
+
+
+def describe_pieces(pieces: Mapping[str, Mapping[str, Piece]], rank: int | None) -> dict[str, Any]:
+    """Say in JSON's words what one process is about to write: `files` with their bytes, `groups` with their pieces."""
+    wrong = [group for group in pieces if not _GROUP.fullmatch(group)]
     assert not wrong, f"group names are file names: {wrong}"
-    files = {file_name(group): encoded_bytes(tensors) for group, tensors in groups.items()}
+    files = {file_name(group, rank): encoded_bytes({name: piece.tensor for name, piece in found.items()})
+             for group, found in pieces.items() if found or rank is None}
+    groups = {group: {name: {"dtype": dtype_name(piece.tensor.dtype), "shape": list(piece.shape),
+                             "offset": list(piece.offset), "extent": list(piece.tensor.shape)}
+                      for name, piece in found.items()} for group, found in pieces.items()}
+    return {"files": files, "groups": groups}
+
+
+def plan_manifest(step: int, parts: list[dict[str, Any]], record: bytes) -> Manifest:
+    """Describe a checkpoint that is about to be written: sizes are final, checksums are still blank.
+
+    Args:
+        step: optimizer steps taken.
+        parts: from `describe_pieces`, by rank.
+        record: its bytes.
+    """
+    alone = len(parts) == 1
+    files: dict[str, int] = {}
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for rank, part in enumerate(parts):
+        files |= part["files"]
+        for group, pieces in part["groups"].items():
+            found = groups.setdefault(group, {})
+            for name, piece in pieces.items():
+                assert not alone or piece["extent"] == piece["shape"], name
+                entry = found.setdefault(name, {"dtype": piece["dtype"], "shape": piece["shape"], "pieces": []})
+                assert (entry["dtype"], entry["shape"]) == (piece["dtype"], piece["shape"]), name
+                entry["pieces"].append({"file": file_name(group, rank), "offset": piece["offset"],
+                                        "shape": piece["extent"]})
     files[RECORD] = len(record)
     manifest = Manifest(
-        step=step, files={name: FileEntry(bytes=size, checksum=_TEMPLATE) for name, size in files.items()},
-        groups={group: {name: TensorEntry(dtype=dtype_name(tensor.dtype), shape=list(tensor.shape))
-                        for name, tensor in tensors.items()} for group, tensors in groups.items()})
+        step=step, version=1 if alone else 2,
+        files={name: FileEntry(bytes=size, checksum=_TEMPLATE) for name, size in files.items()},
+        groups={group: {name: TensorEntry.model_validate({**entry, "pieces": None} if alone else entry)
+                        for name, entry in entries.items()} for group, entries in groups.items()})
+    uncovered = _piece_faults(Path(MANIFEST), manifest)
+    assert not uncovered, uncovered
     assert len(manifest.encode()) <= MAX_JSON_BYTES, "a checkpoint that could not be read must not be written"
     return manifest
 
@@ -111,10 +170,10 @@ def read_manifest(folder: Path, step: int | None = None) -> Manifest:
         raise CheckpointError(f"{folder}: {what}; it must be a checkpoint folder; {_CURE}")
     payload = read_regular_file(path, MAX_JSON_BYTES)
     content = parse_json_object(payload, path)
-    if content.get("format") != "megatron_ttl checkpoint" or content.get("version") != 1:
+    if content.get("format") != "megatron_ttl checkpoint" or content.get("version") not in (1, 2):
         raise CheckpointError(f"{path}: format {content.get('format')!r}, version "
                               f"{content.get('version')!r}; this release reads 'megatron_ttl checkpoint', "
-                              f"version 1; {_CURE}, or another release")
+                              f"versions 1 and 2; {_CURE}, or another release")
     content.pop("checksum", None)
     try:
         manifest = Manifest.model_validate(content)
@@ -129,25 +188,43 @@ def read_manifest(folder: Path, step: int | None = None) -> Manifest:
     if step is not None and manifest.step != step:
         raise CheckpointError(f"{path}: is of step {manifest.step}; the folder's name must say the same; "
                               f"{_CURE}")
-    raise_faults(CheckpointError, _name_faults(path, manifest) or _size_faults(folder, manifest))
+    raise_faults(CheckpointError, _name_faults(path, manifest) or _piece_faults(path, manifest)
+                 or _size_faults(folder, manifest))
     return manifest
 
 
-def verify(folder: Path, step: int | None = None) -> tuple[Manifest, dict[str, Any]]:
+def verify(folder: Path, step: int | None = None, peers: Peers = ALONE) -> tuple[Manifest, dict[str, Any]]:
     """Read every byte of a checkpoint folder and compare it with the manifest; return manifest and record.
 
-    Takes what `read_manifest` takes.
+    Args:
+        folder: the checkpoint.
+        step: the step that it must be of; None for any.
+        peers: they share the work, and all come to the same result.
 
     Raises:
         CheckpointError: with all faults, each naming its file.
     """
-    manifest = read_manifest(folder, step)
-    with ThreadPoolExecutor(4) as pool:  # hashing and reading release the GIL
-        faults = list(pool.map(lambda item: _content_fault(folder / item[0], item[1]), manifest.files.items()))
-    raise_faults(CheckpointError, filter(None, faults))
-    for group in manifest.groups:
-        _check_header(folder / file_name(group), manifest.groups[group])
+    manifest: Manifest | None = None
+    faults: list[str] = []
+    try:
+        manifest = read_manifest(folder, step)
+        faults = _file_faults(folder, manifest, list(manifest.files)[peers.rank :: peers.world_size])
+    except CheckpointError as error:
+        faults = error.faults
+    found = [fault for text in peers.gather_text(json.dumps(faults)) for fault in json.loads(text)]
+    raise_faults(CheckpointError, dict.fromkeys(found))
+    assert manifest is not None
     return manifest, read_json_object(folder / RECORD)
+
+
+def _file_faults(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
+    """Compare some of the files with the manifest, bytes first, then their own tables of tensors."""
+    with ThreadPoolExecutor(4) as pool:  # hashing and reading release the GIL
+        faults = list(filter(None, pool.map(lambda name: _content_fault(folder / name, manifest.files[name]), names)))
+    if faults:
+        return faults
+    contents = manifest.contents()
+    return [fault for name in names if name in contents for fault in _header_faults(folder / name, contents[name])]
 
 
 def _canonical(value: Any) -> bytes:
@@ -158,9 +235,30 @@ def _name_faults(path: Path, manifest: Manifest) -> list[str]:
     """The names in a manifest become paths: they must be exactly those that its groups have."""
     faults = [f"{path}: group {group!r}; its name must be lower-case letters, digits and underscores; {_CURE}"
               for group in manifest.groups if not _GROUP.fullmatch(group)]
-    expected = {file_name(group) for group in manifest.groups} | {RECORD}
+    expected = {file_name(group) for group in manifest.groups}
+    if manifest.version == 2:
+        pieces = {(group, piece.file) for group, entries in manifest.groups.items()
+                  for entry in entries.values() for piece in entry.pieces or ()}
+        expected = {file for group, file in pieces if re.fullmatch(re.escape(group) + _RANKED, file)}
     return faults + [f"{path}: file {name!r}; the files must be those of the groups and {RECORD}; {_CURE}"
-                     for name in sorted(expected ^ set(manifest.files))]
+                     for name in sorted((expected | {RECORD}) ^ set(manifest.files))]
+
+
+def _piece_faults(path: Path, manifest: Manifest) -> list[str]:
+    """Pieces must cover every tensor exactly once, or memory would be handed out as weights."""
+    faults = []
+    for group, entries in manifest.groups.items():
+        for name, entry in entries.items():
+            if (entry.pieces is None) != (manifest.version == 1):
+                faults.append(f"{path}: {group} {name}: pieces belong to version 2, which has nothing else; they must "
+                              f"be as they were written; {_CURE}")
+            elif entry.pieces is not None:
+                fault = cover_fault(tuple(entry.shape), [(tuple(p.offset), tuple(p.shape)) for p in entry.pieces])
+                twice = len({piece.file for piece in entry.pieces}) < len(entry.pieces)
+                if fault or twice:
+                    faults.append(f"{path}: {group} {name}: {fault or 'has two pieces in one file'}; every element must "
+                                  f"be there once; {_CURE}")
+    return faults
 
 
 def _size_faults(folder: Path, manifest: Manifest) -> list[str]:
@@ -189,7 +287,7 @@ def _content_fault(path: Path, entry: FileEntry) -> str | None:
     return None
 
 
-def _check_header(path: Path, expected: Mapping[str, TensorEntry]) -> None:
+def _header_faults(path: Path, expected: Mapping[str, TensorEntry]) -> list[str]:
     """Compare a file's own table of tensors with the manifest's."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -198,9 +296,10 @@ def _check_header(path: Path, expected: Mapping[str, TensorEntry]) -> None:
                 piece = file.get_slice(name)
                 found[name] = TensorEntry(dtype=piece.get_dtype(), shape=list(piece.get_shape()))
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is no safetensors file ({error}); it must be one; {_CURE}") from None
-    if found != dict(expected):
-        names = found.keys() | expected.keys()
-        differing = sorted(name for name in names if found.get(name) != expected.get(name))
-        raise CheckpointError(f"{path}: holds other tensors than the manifest says "
-                              f"({', '.join(differing[:5])}); they must be the same; {_CURE}")
+        return [f"{path}: is no safetensors file ({error}); it must be one; {_CURE}"]
+    if found == dict(expected):
+        return []
+    names = found.keys() | expected.keys()
+    differing = sorted(name for name in names if found.get(name) != expected.get(name))
+    return [f"{path}: holds other tensors than the manifest says ({', '.join(differing[:5])}); they must be the same; "
+            f"{_CURE}"]

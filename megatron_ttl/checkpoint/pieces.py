@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
+
+Block = tuple[tuple[int, ...], tuple[int, ...]]
+"""Where a part of a tensor begins, and how far it reaches, in every dimension."""
 
 
 @dataclass(frozen=True)
@@ -21,3 +26,28 @@ class Piece:
 def whole(tensor: Tensor) -> Piece:
     """Return a tensor as the one piece it is."""
     return Piece(tensor, tuple(tensor.shape), (0,) * tensor.dim())
+
+
+def overlap(a: Block, b: Block) -> Block | None:
+    """Return the block that two blocks share, or None."""
+    offset = tuple(map(max, a[0], b[0]))
+    end = tuple(min(x + m, y + n) for x, m, y, n in zip(a[0], a[1], b[0], b[1], strict=True))
+    if any(stop <= start for start, stop in zip(offset, end, strict=True)):
+        return None
+    return offset, tuple(stop - start for start, stop in zip(offset, end, strict=True))
+
+
+def cover_fault(shape: tuple[int, ...], blocks: Iterable[Block]) -> str:
+    """Say how blocks fail to cover a tensor of `shape` exactly once; nothing when they do."""
+    blocks = list(blocks)
+    for offset, extent in blocks:
+        dimensions = len(offset) == len(extent) == len(shape)
+        if not dimensions or any(start < 0 or size < 1 or start + size > most
+                                 for start, size, most in zip(offset, extent, shape, strict=True)):
+            return f"has a piece of {list(extent)} at {list(offset)}, which does not lie in its {list(shape)}"
+    for index, first in enumerate(blocks):
+        for second in blocks[index + 1 :]:
+            if overlap(first, second) is not None:
+                return f"has pieces that overlap, at {list(first[0])} and {list(second[0])}"
+    missing = prod(shape) - sum(prod(extent) for _, extent in blocks)
+    return f"lacks {missing:,} of its {prod(shape):,} elements" if missing else ""

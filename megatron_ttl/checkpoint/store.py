@@ -3,22 +3,24 @@
     step-00000040.tmp-<pid>/   every file written and fsynced; the manifest with sizes and checksums last
     step-00000040/             the same folder, renamed: a name of this form was complete once
 
+Several processes write one checkpoint together, each its own pieces into its own files; the first one makes the
+folder, gathers their checksums, and renames. The folder must be on a file system that all of them see.
+
 The newest checkpoint is found by looking: no file says which one it is. A folder is trusted after every byte
-of it matched its manifest. Reading changes nothing on the disk. One process at a time may save: the run's
-lock sees to it.
+of it matched its manifest. Reading changes nothing on the disk. One run at a time may save: its lock sees to it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from megatron_ttl.checkpoint.manifest import (
@@ -26,45 +28,24 @@ from megatron_ttl.checkpoint.manifest import (
     RECORD,
     FileEntry,
     Manifest,
+    describe_pieces,
     encode_record,
     file_name,
     plan_manifest,
     read_manifest,
     verify,
 )
+from megatron_ttl.checkpoint.peers import ALONE, Peers, together
+from megatron_ttl.checkpoint.pieces import Piece, whole
+from megatron_ttl.checkpoint.reading import Checkpoint
 from megatron_ttl.checkpoint.tensor_file import write_tensors
 from megatron_ttl.errors import CheckpointError, DiskError
 from megatron_ttl.files import checksum_bytes, fsync_directory, human_bytes, require_free_space
 
+__all__ = ["Checkpoint", "CheckpointStore", "Saved"]
+
 _STEP = re.compile(r"step-(\d{8,18})")
 _TEMPORARY = re.compile(r"step-\d{8,18}\.(?:tmp|old)-(\d{1,10})")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified checkpoint folder."""
-
-    directory: Path
-    step: int
-    record: dict[str, Any]
-    manifest: Manifest
-
-    @property
-    def groups(self) -> list[str]:
-        """Names of the groups of tensors."""
-        return list(self.manifest.groups)
-
-    def tensors(self, group: str) -> dict[str, Tensor]:
-        """Load one group on the CPU, shapes as saved; memory is the file's own pages until written to.
-
-        Raises:
-            CheckpointError: there is no such group.
-        """
-        if group not in self.manifest.groups:
-            raise CheckpointError(f"{self.directory}: has no group {group!r}; it has "
-                                  f"{', '.join(self.groups)}; use a checkpoint of a training run")
-        with safe_open(self.directory / file_name(group), framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in self.manifest.groups[group]}
 
 
 @dataclass(frozen=True)
@@ -106,23 +87,26 @@ class CheckpointStore:
         found = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
         return sorted(step for step in found if self._folder(step).name in names)
 
-    def open(self, which: int | str | os.PathLike[str]) -> Checkpoint:
-        """Verify and open the checkpoint of a step of this run, or any checkpoint folder.
+    def open(self, which: int | str | os.PathLike[str], peers: Peers = ALONE) -> Checkpoint:
+        """Verify and open the checkpoint of a step of this run, or any checkpoint folder; peers share the work.
 
         Raises:
             CheckpointError: it is missing or damaged; with all faults, each naming its file.
         """
         folder = self._folder(which) if isinstance(which, int) else Path(which)
-        if isinstance(which, int) and not folder.exists():
+        if isinstance(which, int) and peers.world_size == 1 and not folder.exists():
             known = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{folder}: does not exist; step must be one of those kept ({known}); "
                                   "choose one")
         named = _STEP.fullmatch(folder.name)
-        manifest, record = verify(folder, int(named[1]) if named else None)
+        manifest, record = verify(folder, int(named[1]) if named else None, peers)
         return Checkpoint(folder, manifest.step, record, manifest)
 
-    def latest_valid(self) -> Checkpoint | None:
+    def latest_valid(self, peers: Peers = ALONE) -> Checkpoint | None:
         """Open the newest checkpoint that is whole; what is passed over stands in `warnings`.
+
+        Args:
+            peers: they share the work, and all come to the same result: the first one's folder listing counts.
 
         Returns:
             None only where no checkpoint was ever completed.
@@ -132,9 +116,10 @@ class CheckpointStore:
         """
         self.warnings = []
         faults: list[str] = []
-        for step in reversed(self.steps()):
+        steps = together(peers, lambda: self.steps() if peers.rank == 0 else [])[0]
+        for step in reversed(steps):
             try:
-                return self.open(step)
+                return self.open(step, peers)
             except CheckpointError as error:
                 faults += error.faults
                 self.warnings += [f"checkpoint of step {step} passed over: {fault}" for fault in error.faults]
@@ -143,47 +128,85 @@ class CheckpointStore:
                                   "one from a copy, or start anew in another folder", *faults)
         return None
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
-             record: Mapping[str, Any]) -> Saved:
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor | Piece]], record: Mapping[str, Any],
+             peers: Peers = ALONE) -> Saved:
         """Write the checkpoint of a step, then remove those that need not stay.
 
         Saving a step again is safe: a valid checkpoint of it stays as it is, a damaged one is replaced.
 
         Args:
             step: optimizer steps taken.
-            tensors: group -> name -> tensor; a group becomes one safetensors file.
-            record: anything that JSON can say, without NaN.
+            tensors: group -> name -> this process's tensor or piece; a group becomes one safetensors file a process.
+            record: anything that JSON can say, without NaN; the first process's counts.
+            peers: who writes together. All call, and all return or raise the same.
 
         Raises:
             CheckpointError: the record is not JSON.
             DiskError: the disk cannot take it. Nothing of it is left, the former ones are untouched.
         """
-        payload = encode_record(record)
-        plan = plan_manifest(step, tensors, payload)
+        first = peers.rank == 0
+        rank = None if peers.world_size == 1 else peers.rank
+        pieces = {group: {name: tensor if isinstance(tensor, Piece) else whole(tensor) for name, tensor in found.items()}
+                  for group, found in tensors.items()}
+        self.warnings = []
+        payload = encode_record(record) if first else b""
+        parts = [json.loads(text) for text in peers.gather_text(json.dumps(describe_pieces(pieces, rank)))]
+        plan = plan_manifest(step, parts, payload)
         needed = sum(entry.bytes for entry in plan.files.values()) + len(plan.encode())
         target = self._folder(step)
-        temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-        self.warnings = []
+        name = f"{target.name}.tmp-{os.getpid()}"
+
+        def on_disk(action: Callable[[], Any]) -> list[Any]:
+            return together(peers, lambda: self._telling(action, temporary if first else None, step, needed))
+
+        temporary = target.with_name(name)
         try:
-            self._remove_leftovers()
-            if self._is_valid(target):
+            begun = on_disk(lambda: self._begin(temporary, target, step, needed) if first else None)[0]
+            if not begun:
                 self.warnings.append(f"step {step}: a valid checkpoint is there already; it stays as it is")
                 return Saved(target, False, 0)
-            require_free_space(self.directory, needed, f"the checkpoint of step {step}")
-            if not self.directory.is_dir():
-                self.directory.mkdir(parents=True)
-                fsync_directory(self.directory.parent)
-            _fill(temporary, plan, tensors, payload)
-            self._move_aside(target)
-            os.rename(temporary, target)
-            fsync_directory(self.directory)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)  # before the free bytes are counted
-            raise self._disk_error(step, needed, error) from error
+            temporary = target.with_name(begun)
+            sums = on_disk(lambda: _write_pieces(temporary, pieces, rank))
+            on_disk(lambda: self._commit(temporary, target, plan, {k: v for part in sums for k, v in part.items()},
+                                         payload) if first else None)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self._remove_old(step)
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)
+        if first:
+            self._remove_old(step)
         return Saved(target, True, needed)
+
+    def _telling(self, action: Callable[[], Any], temporary: Path | None, step: int, needed: int) -> Any:
+        """Do something; when the disk cannot, say what it would have needed."""
+        try:
+            return action()
+        except OSError as error:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)  # before the free bytes are counted
+            raise self._disk_error(step, needed, error) from error
+
+    def _begin(self, temporary: Path, target: Path, step: int, needed: int) -> str:
+        """Make room and the folder; return its name, or nothing where a valid checkpoint is there already."""
+        self._remove_leftovers()
+        if self._is_valid(target):
+            return ""
+        require_free_space(self.directory, needed, f"the checkpoint of step {step}")
+        if not self.directory.is_dir():
+            self.directory.mkdir(parents=True)
+            fsync_directory(self.directory.parent)
+        temporary.mkdir()
+        return temporary.name
+
+    def _commit(self, temporary: Path, target: Path, plan: Manifest, sums: Mapping[str, str], record: bytes) -> None:
+        """Write the manifest with the checksums of what was written, and give the folder its name."""
+        _write_bytes(temporary / RECORD, record)
+        sums = {**sums, RECORD: checksum_bytes(record)}
+        files = {name: FileEntry(bytes=plan.files[name].bytes, checksum=sums[name]) for name in plan.files}
+        _write_bytes(temporary / MANIFEST, plan.model_copy(update={"files": files}).encode())
+        fsync_directory(temporary)
+        self._move_aside(target)
+        os.rename(temporary, target)
+        fsync_directory(self.directory)
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
@@ -251,17 +274,19 @@ class CheckpointStore:
                          "free; free some space or repair the disk")
 
 
-def _fill(folder: Path, plan: Manifest, tensors: Mapping[str, Mapping[str, Tensor]], record: bytes) -> None:
-    """Write all files of a checkpoint; the manifest comes last, with the checksums of what was written."""
-    folder.mkdir()
+def _write_pieces(folder: Path, pieces: Mapping[str, Mapping[str, Piece]], rank: int | None) -> dict[str, str]:
+    """Write one process's files of a checkpoint; return their checksums."""
+    if not folder.is_dir():
+        raise DiskError(f"{folder}: the first process made it, and it is not here; the run folder must be on a file "
+                        "system that all machines share; move run.dir there")
     sums = {}
-    for group, content in tensors.items():
-        sums[file_name(group)] = write_tensors(folder / file_name(group), content)
-    sums[RECORD] = checksum_bytes(record)
-    files = {name: FileEntry(bytes=plan.files[name].bytes, checksum=sums[name]) for name in plan.files}
-    _write_bytes(folder / RECORD, record)
-    _write_bytes(folder / MANIFEST, plan.model_copy(update={"files": files}).encode())
-    fsync_directory(folder)
+    for group, found in pieces.items():
+        if found or rank is None:
+            name = file_name(group, rank)
+            sums[name] = write_tensors(folder / name, {key: piece.tensor for key, piece in found.items()})
+    if rank:
+        fsync_directory(folder)  # the first process does it for its own at the end
+    return sums
 
 
 def _write_bytes(path: Path, payload: bytes) -> None:

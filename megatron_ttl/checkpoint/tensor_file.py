@@ -31,6 +31,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _DTYPES[dtype]
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype of one of the format's names."""
+    return next(dtype for dtype, known in _DTYPES.items() if known == name)
+
+
 def encoded_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
     """Return the size of the file that `write_tensors` would write."""
     return len(_header(tensors, metadata)) + sum(tensor.nbytes for tensor in tensors.values())

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_ttl.checkpoint.peers import ALONE, Peers
 from megatron_ttl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_ttl.config.changes import forbidden_changes
 from megatron_ttl.config.load import Settings
@@ -63,8 +64,11 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def starting_point(self) -> tuple[Checkpoint | None, list[str]]:
+    def starting_point(self, peers: Peers = ALONE) -> tuple[Checkpoint | None, list[str]]:
         """Find where the run goes on: its own newest valid checkpoint, else the one it branches from, else nowhere.
+
+        Args:
+            peers: the run's processes; they share the work of reading every byte, and come to the same result.
 
         Returns:
             The checkpoint or None for a fresh start, and warnings about damaged checkpoints that were passed over.
@@ -73,14 +77,14 @@ class RunFolder:
             CheckpointError: there are checkpoints and none is valid.
             ConfigError: the run file was changed in a way that would make it another run.
         """
-        checkpoint = self.store.latest_valid()
+        checkpoint = self.store.latest_valid(peers)
         run = self.settings.run
         if checkpoint is not None:
             raise_faults(ConfigError, forbidden_changes(self._stored()["run"], run))
             return checkpoint, list(self.store.warnings)
         if run.run.start_from is None:
             return None, []
-        parent = open_checkpoint(Path(run.run.start_from))
+        parent = open_checkpoint(Path(run.run.start_from), peers)
         raise_faults(ConfigError, _branch_faults(parent, self.settings))
         return parent, []
 
@@ -106,15 +110,15 @@ class RunFolder:
             os.replace(temporary, self.tokenizer_path)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint folder, or the newest valid one of a run folder.
+def open_checkpoint(path: Path, peers: Peers = ALONE) -> Checkpoint:
+    """Open a checkpoint folder, or the newest valid one of a run folder; peers share the work.
 
     Raises:
         CheckpointError: there is none.
     """
     if (path / "manifest.json").exists():
-        return CheckpointStore(path.parent).open(path)
-    checkpoint = CheckpointStore(path / "checkpoints").latest_valid() if path.is_dir() else None
+        return CheckpointStore(path.parent).open(path, peers)
+    checkpoint = CheckpointStore(path / "checkpoints").latest_valid(peers) if path.is_dir() else None
     if checkpoint is None:
         raise CheckpointError(f"{path}: no checkpoint is there; it must be a checkpoint folder (step-...) or a run "
                               "folder; check the path")

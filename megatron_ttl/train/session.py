@@ -134,21 +134,18 @@ def prepare(settings: Settings, mesh: Mesh) -> Session:
 
 
 def _claim(folder: RunFolder, mesh: Mesh) -> Checkpoint | None:
-    """Let the first process take the folder and choose the checkpoint; all fail together or go on together."""
+    """Let the first process take the folder, and choose the checkpoint; all fail together or go on together."""
     fault: UserError | None = None
-    checkpoint, warnings = None, []
     if mesh.is_first:
         try:
             folder.claim()
-            checkpoint, warnings = folder.starting_point()
             parameters = count_parameters(folder.settings.run.model)
             require_free_space(folder.path, 2 * BYTES_PER_PARAMETER * parameters, "two checkpoints")
         except UserError as error:
             fault = error
     if mesh.any(fault is not None):
         raise fault or UserError("the first process could not open the run folder; see its message")
-    if not mesh.is_first:
-        checkpoint, warnings = folder.starting_point()
+    checkpoint, warnings = folder.starting_point(mesh)
     for warning in warnings if mesh.is_first else ():
         print(f"warning: {warning}", file=sys.stderr)
     return checkpoint

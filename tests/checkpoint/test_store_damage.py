@@ -129,7 +129,8 @@ def test_names_cannot_leave_the_folder(store: CheckpointStore, name: str) -> Non
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda c: c.update(version=2), "version 2; this release reads 'megatron_ttl checkpoint', version 1"),
+    (lambda c: c.update(version=3), "version 3; this release reads 'megatron_ttl checkpoint', versions 1 and 2"),
+    (lambda c: c.update(version=2), "file 'weights.safetensors'; the files must be those of the groups"),
     (lambda c: c.update(format="other"), "format 'other'"),
     (lambda c: c.update(extra=1), "extra: Extra inputs are not permitted"),
     (lambda c: c.update(step="10"), "step: Input should be a valid integer"),

@@ -139,11 +139,11 @@ def test_progress_counts_tokens(prefix):
 
 
 def test_many_rows_are_summed_in_parts(prefix, monkeypatch):
-    from megatron_ttl.evaluate import perplexity
+    from megatron_ttl.parallel import loss
 
     dataset = HeldOutDataset(prefix, 48)
     wanted = held_out_loss(spoken, dataset, 8)
-    monkeypatch.setattr(perplexity, "_ROWS", 17)
+    monkeypatch.setattr(loss, "_ROWS", 17)
     assert held_out_loss(spoken, dataset, 8) == (pytest.approx(wanted[0], rel=1e-12), wanted[1])
 
 

@@ -143,7 +143,7 @@ def full_disk(mesh, deepspeed, run, overrides, failures):
     from megatron_ttl.checkpoint import store
     from megatron_ttl.errors import UserError
 
-    real, left = store._fill, [failures]
+    real, left = store._write_pieces, [failures]
 
     def fill(*arguments):
         if left[0]:
@@ -151,13 +151,13 @@ def full_disk(mesh, deepspeed, run, overrides, failures):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*arguments)
 
-    store._fill = fill
+    store._write_pieces = fill
     try:
         return train_here(mesh, deepspeed, run, overrides)
     except UserError as error:
         return int(error.exit_code)
     finally:
-        store._fill = real
+        store._write_pieces = real
 
 
 @pytest.mark.parametrize(("failures", "code", "kept"), [(2, 0, [6, 8, 10, 12]), (3, 75, [])])
