@@ -85,7 +85,7 @@ def steps_of_data(vocab_size, micro_batch, rank=0, world_size=1, steps=STEPS, se
         yield pairs[rank::world_size]
 
 
-def plain_loop(case, clipping=CLIPPING):
+def plain_loop(case, clipping=CLIPPING, steps=STEPS):
     """Train without DeepSpeed and layouts: fp32 masters, fp32 accumulation, torch's AdamW and clipping.
 
     Returns losses and norms [2, steps], and the final weights by Hugging Face's names.
@@ -95,7 +95,7 @@ def plain_loop(case, clipping=CLIPPING):
     model = build_model(run.model, run.run.seed, dtype=torch.bfloat16 if bf16 else torch.float32)
     optimizer = build_optimizer(parameter_groups(master, run.optimizer), run.optimizer, torch.device("cpu"))
     rows = []
-    for micro_batches in steps_of_data(run.model.vocab_size, case.micro_batch):
+    for micro_batches in steps_of_data(run.model.vocab_size, case.micro_batch, steps=steps):
         tokens = sum(int((labels != -100).sum()) for _, labels in micro_batches)
         total = 0.0
         for ids, labels in micro_batches:
