@@ -1,5 +1,6 @@
 # make demo     a fresh machine to a talking model: environment, sample corpus, tokenizer, pretraining, export, text
 # make test     environment and the whole test suite
+# make test-long  what takes minutes on many processes: eight-process layouts, all pairs of layouts
 # make install  the environment alone, in .venv/
 #
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS="--index-url ..." another package index (e.g. torch's CPU wheels).
@@ -10,7 +11,7 @@ VENV     := .venv
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
 
-.PHONY: install demo test
+.PHONY: install demo test test-long
 
 install: $(STAMP)
 
@@ -23,7 +24,10 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	touch $(STAMP)
 
 test: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not long"
+
+test-long: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m long
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh

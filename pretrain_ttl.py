@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
         if ranks.is_first and arguments.config == DEFAULT_CONFIG:
             print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
-        with StopRequest() as stop:  # before the slow imports: a signal during them must not be lost either
+        with StopRequest(speaks=ranks.is_first) as stop:  # before the slow imports: a signal during them must not be lost either
             from megatron_ttl.train.loop import pretrain
 
             return int(pretrain(settings, ranks, stop))

@@ -12,7 +12,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """A flag that signals raise; while it is installed no signal of the three ends the process by itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
+        """Prepare a flag.
+
+        Args:
+            speaks: whether this process says that it was asked; of several, one is enough.
+        """
+        self._speaks = speaks
         self.signal_name: str | None = None
         self._previous: dict[int, object] = {}
 
@@ -24,6 +30,8 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is None:
             self.signal_name = signal.Signals(number).name
+            if not self._speaks:
+                return
             print(f"{self.signal_name}: stopping after this step; a checkpoint will be written", file=sys.stderr,
                   flush=True)
 

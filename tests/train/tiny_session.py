@@ -85,7 +85,7 @@ def train_here(mesh, deepspeed: str, run: str, overrides: list[str], stop_after:
 
         session.engine.train_step = step_and_stop
     try:
-        with StopRequest() as stop:
+        with StopRequest(speaks=mesh.is_first) as stop:
             return int(train(session, stop))
     finally:
         session.close()
