@@ -35,13 +35,14 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             from megatron_ttl.plan.forecast import dry_run, print_forecast
 
-            print_forecast(dry_run(arguments.deepspeed_config, arguments.config, arguments.overrides,
-                                   arguments.world_size or ranks.world_size), arguments.json)
+            world_size = ranks.world_size if arguments.world_size is None else arguments.world_size
+            print_forecast(dry_run(arguments.deepspeed_config, arguments.config, arguments.overrides, world_size),
+                           arguments.json)
             return 0
         settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
         if ranks.is_first and arguments.config == DEFAULT_CONFIG:
             print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
-        with StopRequest(speaks=ranks.is_first) as stop:  # before the slow imports: a signal during them must not be lost either
+        with StopRequest(speaks=ranks.is_first) as stop:  # before the slow imports: a signal then must not be lost
             from megatron_ttl.train.loop import pretrain
 
             return int(pretrain(settings, ranks, stop))

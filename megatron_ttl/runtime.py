@@ -5,6 +5,7 @@ The only reader of RANK and its relatives; everything else is told.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import random
@@ -12,6 +13,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_ttl.errors import ConfigError
 
@@ -58,11 +60,59 @@ def discover_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
         except ValueError:
             raise ConfigError(f"environment: {rank_key}={env[rank_key]!r}, {world_key}={env[world_key]!r}; "
                               f"they must be whole numbers; start again through {name}") from None
-        if world > 1 and "MASTER_ADDR" not in env:
+        address = env.get("MASTER_ADDR")
+        if world > 1 and address is None and name == "Open MPI":
+            address, port = _meet_by_mpi(world)
+        elif world > 1 and address is None:
             raise ConfigError(f"environment: {world} processes started by {name} and no MASTER_ADDR; they must know "
                               "where to meet; export MASTER_ADDR=<host of rank 0> (see examples/slurm)")
-        return Ranks(rank, world, local, env.get("MASTER_ADDR"), port, name)
+        return Ranks(rank, world, local, address, port, name)
     return Ranks()
+
+
+def _meet_by_mpi(world: int) -> tuple[str, int]:
+    """Let the first process tell the others, through MPI, an address of its machine and a port that is free there.
+
+    MPI is used for nothing else; DeepSpeed's own discovery would take the first address that `hostname -I` prints and
+    always the same port.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"environment: {world} processes started by Open MPI, no MASTER_ADDR, and mpi4py cannot be used "
+                          f"({error}); they must know where to meet; pip install 'megatron_ttl[mpi]', or export "
+                          "MASTER_ADDR=<host of rank 0> with mpirun -x MASTER_ADDR") from None
+    communicator = MPI.COMM_WORLD
+    found = None
+    if communicator.Get_rank() == 0:
+        one_machine = communicator.Get_size() == communicator.Split_type(MPI.COMM_TYPE_SHARED).Get_size()
+        found = ["127.0.0.1" if one_machine else socket.gethostname(), free_port()]
+    else:
+        communicator.Split_type(MPI.COMM_TYPE_SHARED)
+    address, port = json.loads(_broadcast_text(communicator, json.dumps(found)))
+    # Finalised here: at the exit it would wait for processes that a crash has ended.
+    MPI.Finalize()
+    return address, port
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on, below those that outgoing connections take."""
+    for port in random.Random(os.getpid()).sample(range(20_000, 32_000), 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise ConfigError("environment: 200 ports between 20,000 and 32,000 are all taken; one must be free; export MASTER_ADDR "
+                      "and MASTER_PORT")
+
+
+def _broadcast_text(communicator: Any, text: str) -> str:
+    """Send the first process's text to all; bytes, for mpi4py would pickle a string."""
+    buffer = bytearray(text.encode().ljust(512))
+    communicator.Bcast(buffer, root=0)
+    return buffer.decode().strip()
 
 
 def announce_ranks(ranks: Ranks) -> None:

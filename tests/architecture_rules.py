@@ -37,9 +37,9 @@ DOORS = {
     "lm_eval": ("megatron_ttl/evaluate/harness.py",),
     "gradio": ("megatron_ttl/serve/",),
     "megatron": (),  # megatron-core is an oracle of the tests
-    "mpi4py": (),
+    "mpi4py": ("megatron_ttl/runtime.py",),
 }
-LAZY = {"wandb", "codecarbon", "transformers", "lm_eval", "gradio"}  # inside the function that needs them
+LAZY = {"wandb", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py"}  # inside the function that needs them
 WITHOUT_TORCH = ("megatron_ttl/config/", "megatron_ttl/errors.py", "megatron_ttl/files.py",
                  "megatron_ttl/console.py", "megatron_ttl/model/flops.py")
 ENVIRONMENT_READERS = ("megatron_ttl/runtime.py", "megatron_ttl/parallel/door.py")

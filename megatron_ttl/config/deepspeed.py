@@ -222,24 +222,25 @@ def profile_faults(profile: DeepSpeedProfile, wrong: frozenset[str]) -> list[Fau
         faults += _precision_faults(profile, wrong)
     if wrong & {"zero_optimization", "zero_optimization.stage"}:
         return faults
-    stage = profile.zero_optimization.stage
-    if stage == 0 and "zero_optimization.offload_optimizer" not in wrong and profile.zero_optimization.offload_optimizer is not None:
-        faults.append(("zero_optimization.offload_optimizer", "is given with stage 0; needs stage 1, 2 or 3: DeepSpeed "
-                       "ignores it otherwise; raise zero_optimization.stage"))
+    stage, offload = profile.zero_optimization.stage, "zero_optimization.offload_optimizer"
+    if stage == 0 and offload not in wrong and profile.zero_optimization.offload_optimizer is not None:
+        faults.append((offload, "is given with stage 0; needs stage 1, 2 or 3: DeepSpeed ignores it otherwise; raise "
+                       "zero_optimization.stage"))
     if not wrong & {"parallel", "parallel.pipeline"} and profile.cut.pipeline > 1 and stage > 1:
-        faults.append(("zero_optimization.stage", f"is {stage} with parallel.pipeline {profile.cut.pipeline:,}; must be 0 "
-                       "or 1 there: a stage adds up gradients over all micro batches before it reduces them, so DeepSpeed "
-                       "forbids spreading them; set it to 1, or pipeline to 1"))
+        faults.append(("zero_optimization.stage", f"is {stage} with parallel.pipeline {profile.cut.pipeline:,}; must "
+                       "be 0 or 1 there: a stage adds up gradients over all micro batches before it reduces them, so "
+                       "DeepSpeed forbids spreading them; set it to 1, or pipeline to 1"))
     return faults
 
 
 def _precision_faults(profile: DeepSpeedProfile, wrong: frozenset[str]) -> list[Fault]:
     faults: list[Fault] = []
     precision = profile.precision
-    if profile.bf16 is not None and profile.bf16.enabled and profile.fp16 is not None and profile.fp16.enabled:
-        faults.append(("fp16.enabled", "is true, and so is bf16.enabled; only one may be; use bf16 on A100 and newer, fp16 "
-                       "on older GPUs"))
-    if precision != "fp32" and not wrong & {"zero_optimization", "zero_optimization.stage"} and profile.zero_optimization.stage == 0:
+    stage_is_known = not wrong & {"zero_optimization", "zero_optimization.stage"}
+    if precision == "bf16" and profile.fp16 is not None and profile.fp16.enabled:
+        faults.append(("fp16.enabled", "is true, and so is bf16.enabled; only one may be; use bf16 on A100 and newer, "
+                       "fp16 on older GPUs"))
+    if precision != "fp32" and stage_is_known and profile.zero_optimization.stage == 0:
         faults.append(("zero_optimization.stage", f"is 0 with {precision}; must be 1, 2 or 3: DeepSpeed's stage 0 "
                        f"makes an empty optimizer step first in {precision}, so Adam counts its first step twice; "
                        "use stage 1, which takes the same memory on one process"))

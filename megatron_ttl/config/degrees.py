@@ -70,8 +70,8 @@ def world_fault(profile: DeepSpeedProfile, world_size: int) -> str:
     degrees = [(tensor, pipeline) for tensor in range(1, cut.tensor + 1) for pipeline in range(1, cut.pipeline + 1)
                if world_size % (tensor * pipeline) == 0]
     tensor, pipeline = max(degrees, key=lambda pair: (pair[0] * pair[1], pair[0]))
-    return (f"tensor {cut.tensor:,} x pipeline {cut.pipeline:,} = {together:,} processes hold the model once, and there "
-            f"are {world_size:,}; the product must divide their number; start {near} processes, or set tensor to "
+    return (f"tensor {cut.tensor:,} x pipeline {cut.pipeline:,} = {together:,} processes hold the model once, and "
+            f"there are {world_size:,}; the product must divide their number; start {near} processes, or set tensor to "
             f"{tensor:,} and pipeline to {pipeline:,}")
 
 
@@ -91,6 +91,6 @@ def data_parallel_size_of(settings: Settings, world_size: int) -> int:
 def device_faults(settings: Settings, cuda: bool) -> list[str]:
     """Return what the profile asks for and the machine cannot do."""
     if settings.profile.precision == "fp16" and not cuda:
-        return [f"{settings.deepspeed_path}: fp16.enabled: is true, and there is no GPU; must be false on a CPU: PyTorch "
-                "and DeepSpeed compute fp16 on GPUs alone; use {\"bf16\": {\"enabled\": true}} or fp32"]
+        return [f"{settings.deepspeed_path}: fp16.enabled: is true, and there is no GPU; must be false on a CPU: "
+                "PyTorch and DeepSpeed compute fp16 on GPUs alone; use {\"bf16\": {\"enabled\": true}} or fp32"]
     return []

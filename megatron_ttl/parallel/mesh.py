@@ -105,6 +105,15 @@ class Mesh:
         if self.world_size > 1:
             dist.all_reduce(torch.zeros(1))
 
+    def first_to_fail(self) -> bool:
+        """Tell the others that this process fails; return whether none did before."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set_timeout(timedelta(seconds=5))
+            return store.add("megatron_ttl/failures", 1) == 1
+        except (RuntimeError, ValueError):  # whoever keeps the count is gone: it failed first
+            return self.world_size == 1
+
     def cut(self, tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> Mesh:
         """Return the same processes on three axes; what the first two degrees leave is data parallel.
 

@@ -21,6 +21,7 @@ from megatron_ttl.model.flops import (
     embedding_parameters,
     flops_per_token,
 )
+from megatron_ttl.plan.layout_picture import describe_layout, print_layout
 from megatron_ttl.train.device_peaks import peak_flops_per_s
 from megatron_ttl.train.open_data import open_data
 from megatron_ttl.train.schedule import Schedule
@@ -77,6 +78,7 @@ def forecast(settings: Settings, world_size: int) -> dict[str, Any]:
     }
     result |= _duration(settings.device, result["flops"], world_size)
     result["epochs"] = _epochs(run, tokens)
+    result["layout"] = describe_layout(settings, world_size)
     return result
 
 
@@ -145,6 +147,7 @@ def print_forecast(result: dict[str, Any], as_json: bool) -> None:
     """Print a forecast for people or for programs."""
     if not as_json:
         result = dict(result)
+        picture = result.pop("layout")
         for key in ("checkpoint_bytes", "checkpoints_at_once_bytes"):
             result[key.replace("_bytes", "")] = human_bytes(result.pop(key))
         for key in ("lr_first", "lr_peak", "lr_last", "flops", "flops_per_token_c", "flops_per_token_nc"):
@@ -153,3 +156,5 @@ def print_forecast(result: dict[str, Any], as_json: bool) -> None:
             warning = f", more than {MAX_USEFUL_EPOCHS} repeat the data too often"
             result[f"epochs of {prefix}"] = f"{epochs:.2f}{warning if epochs > MAX_USEFUL_EPOCHS else ''}"
     print_result(result, as_json, title="what this run will take")
+    if not as_json:
+        print_layout(picture)

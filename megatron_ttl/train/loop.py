@@ -21,6 +21,7 @@ from megatron_ttl.parallel.mesh import join, leave
 from megatron_ttl.parallel.replicas import replica_faults
 from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.engine import StepResult
+from megatron_ttl.train.failure import told_once
 from megatron_ttl.train.session import Session, prepare
 from megatron_ttl.train.stop import StopRequest
 
@@ -43,11 +44,12 @@ def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest) -> ExitCode:
         UserError: something is missing, damaged or contradictory; found before the first step.
     """
     mesh = join(ranks)
-    session = prepare(settings, mesh)
     try:
-        return train(session, stop)
+        with told_once(mesh):
+            session = prepare(settings, mesh)
+        with closing(session), told_once(mesh):
+            return train(session, stop)
     finally:
-        session.close()
         leave()
 
 

@@ -109,7 +109,8 @@ def test_a_key_in_the_wrong_section_is_told_the_right_one(tmp_path):
     """lr under [train], steps under [optimizer], a run-file key in the JSON."""
     assert any("optimizer.lr" in f for f in faults_of(tmp_path, overrides=["train.lr=1"]))
     assert any("train.steps" in f for f in faults_of(tmp_path, overrides=["optimizer.steps=1"]))
-    assert any("belongs to the run file, as train" in f for f in faults_of(tmp_path, profile={**PROFILE, "train": {"tokens_per_step": 1}}))
+    faults = faults_of(tmp_path, profile={**PROFILE, "train": {"tokens_per_step": 1}})
+    assert any("belongs to the run file, as train" in f for f in faults)
 
 
 CONTRADICTIONS = [
@@ -125,21 +126,24 @@ CONTRADICTIONS = [
     ("train.tokens=51200", "steps and tokens|tokens and steps|one of"), ("train.steps=0", "> 0"),
     ("train.steps=1.5", "whole number"), ("train.steps=many", "whole number"), ("train.steps=5", "warmup"),
     ("train.gradient_clipping=-1", ">= 0"), ("train.gradient_clipping=nan", "finite"),
-    ("optimizer.lr=0", "> 0"), ("optimizer.lr=-1e-3", "> 0"), ("optimizer.lr=1", "< 1"), ("optimizer.lr=fast", "number"),
+    ("optimizer.lr=0", "> 0"), ("optimizer.lr=-1e-3", "> 0"), ("optimizer.lr=1", "< 1"),
+    ("optimizer.lr=fast", "number"),
     ("optimizer.lr=inf", "finite"), ("optimizer.betas=[0.9]", "2 numbers"), ("optimizer.betas=[0.9, 1.0]", "betas"),
     ("optimizer.betas=[-0.1, 0.9]", "betas"), ("optimizer.eps=0", "> 0"), ("optimizer.weight_decay=-1", ">= 0"),
     ("optimizer.decay_norms=1", "true or false"), ("schedule.kind=linear", "cosine"),
     ("schedule.kind=wsd", "decay_steps"), ("schedule.decay_steps=10", "wsd"), ("schedule.min_lr=1e-3", "lower"),
     ("schedule.min_lr=-1", ">= 0"), ("schedule.warmup_steps=100", "warmup"), ("schedule.warmup_steps=-1", ">= 0"),
     ("schedule.warmup_tokens=512", "warmup"), ("schedule.decay_shape=exp", "sqrt"),
-    ("checkpoint.every_steps=0", "> 0"), ("checkpoint.keep_last=0", ">= 1"), ("checkpoint.keep_every_steps=15", "multiple"),
+    ("checkpoint.every_steps=0", "> 0"), ("checkpoint.keep_last=0", ">= 1"),
+    ("checkpoint.keep_every_steps=15", "multiple"),
     ("evaluation.every_steps=5", "prefixes"), ('evaluation.prefixes=["data/h"]', "every_steps"),
     ('evaluation.prefixes=["data/pt"]', "data/pt"), ("evaluation.max_tokens=0", "> 0"),
     ("data.sources=[]", "sources"), ('data.sources=[{prefix="a", weight=0}]', "> 0"),
     ('data.sources=[{weight=1.0}]', "prefix"), ('data.sources=[{prefix="a"}, {prefix="a"}]', "a"),
     ("data.sources=data/pt", "list"), ("energy.country_iso_code=Brazil", "ISO 3166"),
     ("energy.country_iso_code=bra", "BRA"), ("energy.measure_power_s=0", "> 0"), ("log.every_steps=0", "> 0"),
-    ("log.wandb=maybe", "offline"), ("run.seed=-1", ">= 0"), ('run.dir=""', "not empty"), ("run=5", "section.key=value"),
+    ("log.wandb=maybe", "offline"), ("run.seed=-1", ">= 0"), ('run.dir=""', "not empty"),
+    ("run=5", "section.key=value"),
     ("nonsense", "key=value|="), ("bf16.enabled=true", "DeepSpeed|JSON"),
 ]
 
@@ -154,7 +158,8 @@ def test_a_wrong_value_is_refused_with_what_to_do(tmp_path, override, message):
 
 BAD_PROFILES = [
     {"gradient_cliping": 1.0}, {"gradient_acumulation_steps": 2}, {"zero_optimisation": {"stage": 1}}, {"bf_16": {}},
-    {"optimzer": {}}, {"wall_clock_breakdwn": True}, {"seeed": 1}, {"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}},
+    {"optimzer": {}}, {"wall_clock_breakdwn": True}, {"seeed": 1},
+    {"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}},
     {"optimizer": {"type": "AdamW", "params": {"lr": -1}}}, {"gradient_clipping": "abc"}, {"gradient_clipping": 1.0},
     {"gradient_accumulation_steps": 2.5}, {"gradient_accumulation_steps": 0}, {"train_batch_size": 7},
     {"zero_optimization": {"stage": 7}}, {"zero_optimization": {"stage": 1, "overlap_com": True}},
@@ -178,7 +183,8 @@ def test_a_broken_profile_is_refused(tmp_path, change):
 @pytest.mark.parametrize(("options", "message"), [
     ({"profile": '{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}'}, "twice|duplicate|two"),
     ({"profile": '{"train_micro_batch_size_per_gpu": NaN}'}, "NaN"), ({"profile": "{"}, "m.json"),
-    ({"profile": "[1]"}, "m.json"), ({"text": RUN + "\n[run"}, r"r.toml"), ({"text": " \n"}, "r.toml: is empty; it must be a run file in TOML"),
+    ({"profile": "[1]"}, "m.json"), ({"text": RUN + "\n[run"}, r"r.toml"),
+    ({"text": " \n"}, "r.toml: is empty; it must be a run file in TOML"),
     ({"profile": " "}, "m.json: is empty; it must be a DeepSpeed configuration"),
     ({"text": "[run]\ndir = 'x'\n"}, "model: is missing"),
 ])
@@ -194,7 +200,8 @@ def test_all_faults_of_both_files_come_at_once(tmp_path):
                        text=RUN.replace("warmup_steps = 10", "warmup_step = 10").replace("lr = 1e-3", "lr = 3"),
                        overrides=["log.wandb=on"])
     text = "\n".join(faults)
-    for part in ("warmup_step", "optimizer.lr", "train_micro_batch_size_per_gpu", "zero_optimization.stag", "log.wandb"):
+    for part in ("warmup_step", "optimizer.lr", "train_micro_batch_size_per_gpu", "zero_optimization.stag",
+                 "log.wandb"):
         assert part in text
     with pytest.raises(ConfigError) as error:
         load_settings(tmp_path / "none.json", tmp_path / "none.toml")

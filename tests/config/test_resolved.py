@@ -19,7 +19,8 @@ from megatron_ttl.errors import ConfigError
 def test_deepspeed_accepts_what_it_is_given(tmp_path, stage, bf16):
     """DeepSpeed's own parser takes the resolved dict; the accumulation is derived."""
     if bf16 and stage == 0:
-        with pytest.raises(ConfigError, match="stage: is 0 with bf16; must be 1, 2 or 3: .* counts its first step twice"):
+        message = "stage: is 0 with bf16; must be 1, 2 or 3: .* counts its first step twice"
+        with pytest.raises(ConfigError, match=message):
             load(tmp_path, profile={**PROFILE, "bf16": {"enabled": True}, "zero_optimization": {"stage": 0}})
         return
     from megatron_ttl.parallel.door import deepspeed

@@ -22,3 +22,10 @@ def test_a_signal_sets_the_flag_and_a_second_one_changes_nothing(number, capsys)
         assert stop.signal_name == signal.Signals(number).name
     assert signal.getsignal(number) == before
     assert capsys.readouterr().err.count("a checkpoint will be written") == 1
+
+
+def test_one_process_speaks_for_all(capsys):
+    with StopRequest(speaks=False) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_set
+    assert capsys.readouterr().err == ""
