@@ -12,7 +12,8 @@ from megatron_ttl.train.schedule import Schedule
 
 PRESETS = ("ttl_160m", "ttl_460m", "tinyllama_1b1")
 PUBLISHED = {
-    # layers, hidden, intermediate, heads, kv heads, eps; tokens per step, steps, clip; lr, betas, decay; warm-up, min lr
+    # layers, hidden, intermediate, heads, kv heads, eps; tokens per step, steps, clip; lr, betas, decay;
+    # warm-up, min lr
     "ttl_160m": ((12, 768, 3072, 12, 12, 1e-6), (8_192, 458_000, 0.0), (6e-4, (0.9, 0.999), 0.01), (5_000, 0.0)),
     "ttl_460m": ((24, 1024, 4096, 16, 16, 1e-6), (8_192, 1_200_000, 0.0), (3e-4, (0.9, 0.999), 0.01), (10_000, 0.0)),
     "tinyllama_1b1": ((22, 2048, 5632, 32, 4, 1e-5), (2_097_152, 1_430_512, 1.0), (4e-4, (0.9, 0.95), 0.1),
