@@ -105,13 +105,12 @@ def describe_pieces(pieces: Mapping[str, Mapping[str, Piece]], rank: int | None)
     return {"files": files, "groups": groups}
 
 
-def plan_manifest(step: int, parts: list[dict[str, Any]], record: bytes) -> Manifest:
+def plan_manifest(step: int, parts: list[dict[str, Any]]) -> Manifest:
     """Describe a checkpoint that is about to be written: sizes are final, checksums are still blank.
 
     Args:
         step: optimizer steps taken.
-        parts: from `describe_pieces`, by rank.
-        record: its bytes.
+        parts: from `describe_pieces`, by rank, with the bytes of the record as `record_bytes`.
     """
     alone = len(parts) == 1
     files: dict[str, int] = {}
@@ -126,7 +125,7 @@ def plan_manifest(step: int, parts: list[dict[str, Any]], record: bytes) -> Mani
                 assert (entry["dtype"], entry["shape"]) == (piece["dtype"], piece["shape"]), name
                 entry["pieces"].append({"file": file_name(group, rank), "offset": piece["offset"],
                                         "shape": piece["extent"]})
-    files[RECORD] = len(record)
+    files[RECORD] = parts[0]["record_bytes"]
     manifest = Manifest(
         step=step, version=1 if alone else 2,
         files={name: FileEntry(bytes=size, checksum=_TEMPLATE) for name, size in files.items()},
@@ -255,6 +254,9 @@ def _piece_faults(path: Path, manifest: Manifest) -> list[str]:
             elif entry.pieces is not None:
                 fault = cover_fault(tuple(entry.shape), [(tuple(p.offset), tuple(p.shape)) for p in entry.pieces])
                 twice = len({piece.file for piece in entry.pieces}) < len(entry.pieces)
+                elsewhere = [piece.file for piece in entry.pieces if not re.fullmatch(re.escape(group) + _RANKED, piece.file)]
+                if elsewhere:
+                    fault = f"has a piece in {elsewhere[0]!r}, which is no file of {group}"
                 if fault or twice:
                     faults.append(f"{path}: {group} {name}: {fault or 'has two pieces in one file'}; every element must "
                                   f"be there once; {_CURE}")

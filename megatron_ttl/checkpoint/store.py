@@ -12,7 +12,6 @@ of it matched its manifest. Reading changes nothing on the disk. One run at a ti
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -149,9 +148,14 @@ class CheckpointStore:
         pieces = {group: {name: tensor if isinstance(tensor, Piece) else whole(tensor) for name, tensor in found.items()}
                   for group, found in tensors.items()}
         self.warnings = []
-        payload = encode_record(record) if first else b""
-        parts = [json.loads(text) for text in peers.gather_text(json.dumps(describe_pieces(pieces, rank)))]
-        plan = plan_manifest(step, parts, payload)
+        payload = b""
+
+        def describe() -> dict[str, Any]:
+            nonlocal payload
+            payload = encode_record(record) if first else b""
+            return {**describe_pieces(pieces, rank), "record_bytes": len(payload)}
+
+        plan = plan_manifest(step, together(peers, describe))
         needed = sum(entry.bytes for entry in plan.files.values()) + len(plan.encode())
         target = self._folder(step)
         name = f"{target.name}.tmp-{os.getpid()}"
