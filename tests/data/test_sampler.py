@@ -60,7 +60,7 @@ def test_micro_batches_are_dealt_as_documented():
 
 
 def test_the_same_tokens_for_every_layout(tmp_path):
-    """Real samples over more than three epochs: world sizes, micro batches and ten points of resuming."""
+    """Real samples over three epochs: world sizes, micro batches, steps read ahead, and ten points of resuming."""
     draw = np.random.default_rng(0)
     for name, count in (("a", 2_000), ("b", 700)):
         with IndexedDatasetWriter(tmp_path / name, "uint16", 500, 2) as writer:
@@ -80,7 +80,8 @@ def test_the_same_tokens_for_every_layout(tmp_path):
                 step = torch.empty_like(wanted[0])
                 for rank in range(world_size):
                     layout = (per_step, micro_batch, rank, world_size)
-                    with StepBatches(dataset, *layout, consumed_samples=resumed * per_step) as batches:
+                    with StepBatches(dataset, *layout, consumed_samples=resumed * per_step,
+                                     prefetch=(1, 2, 4)[resumed % 3]) as batches:
                         parts = [ids for ids, _ in next(batches)]
                     places = step_sample_ids(0, per_step, micro_batch, rank, world_size)
                     step[torch.from_numpy(places.ravel())] = torch.cat(parts)

@@ -119,10 +119,11 @@ def test_a_checkpoint_is_found_by_its_run_or_its_folder(place):
     (["model.vocab_size=300"], ["model.vocab_size: 300, and the tokenizer of .*train has 350 pieces"]),
     (['data.sources=[{prefix="{place}/data/nothing"}]', 'evaluation.prefixes=["{place}/data/neither"]'],
      ["nothing.bin: does not exist", "neither.idx: does not exist"]),
-    (['data.sources=[{prefix="{place}/other/train"}]'], ["was made with another tokenizer than"]),
+    (['data.sources=[{prefix="{place}/other/train"}]'], ["held: tokenizer checksum is .* they must be equal"]),
+    (['evaluation.prefixes=["{place}/data/twin"]'], ["twin: is the same data as the training source .*train"]),
     (['data.sources=[{prefix="{place}/data/cut"}]'], ["cut.bin: ends 11 bytes early"]),
     (["energy.enabled=true", "energy.country_iso_code=XXX"], ["'XXX' is not in codecarbon's table"]),
-], ids=["vocabulary", "missing", "tokenizer", "truncated", "country"])
+], ids=["vocabulary", "missing", "tokenizer", "twin", "truncated", "country"])
 def test_data_that_do_not_fit_are_refused_before_the_first_step(place, overrides, messages):
     """Every fault of the data at once."""
     if not (place / "other").exists():
@@ -130,6 +131,7 @@ def test_data_that_do_not_fit_are_refused_before_the_first_step(place, overrides
         write_dataset(place / "other/train", write_tokenizer(place / "other/tokenizer", seed=9), documents(50))
         for suffix in (".bin", ".idx", ".json"):
             shutil.copy(f"{place}/data/train{suffix}", f"{place}/data/cut{suffix}")
+            shutil.copy(f"{place}/data/train{suffix}", f"{place}/data/twin{suffix}")
         data = Path(f"{place}/data/cut.bin")
         data.write_bytes(data.read_bytes()[:-11])
     run = settings(place, *(o.replace("{place}", str(place)) for o in overrides)).run
