@@ -79,8 +79,8 @@ def _meet_by_mpi(world: int) -> tuple[str, int]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ConfigError(f"environment: {world} processes started by Open MPI, no MASTER_ADDR, and mpi4py cannot be used "
-                          f"({error}); they must know where to meet; pip install 'megatron_ttl[mpi]', or export "
+        raise ConfigError(f"environment: {world} processes started by Open MPI, no MASTER_ADDR, and mpi4py cannot be "
+                          f"used ({error}); they must know where to meet; pip install 'megatron_ttl[mpi]', or export "
                           "MASTER_ADDR=<host of rank 0> with mpirun -x MASTER_ADDR") from None
     communicator = MPI.COMM_WORLD
     found = None
@@ -104,8 +104,8 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
-    raise ConfigError("environment: 200 ports between 20,000 and 32,000 are all taken; one must be free; export MASTER_ADDR "
-                      "and MASTER_PORT")
+    raise ConfigError("environment: 200 ports between 20,000 and 32,000 are all taken; one must be free; export "
+                      "MASTER_ADDR and MASTER_PORT")
 
 
 def _broadcast_text(communicator: Any, text: str) -> str:

@@ -254,12 +254,13 @@ def _piece_faults(path: Path, manifest: Manifest) -> list[str]:
             elif entry.pieces is not None:
                 fault = cover_fault(tuple(entry.shape), [(tuple(p.offset), tuple(p.shape)) for p in entry.pieces])
                 twice = len({piece.file for piece in entry.pieces}) < len(entry.pieces)
-                elsewhere = [piece.file for piece in entry.pieces if not re.fullmatch(re.escape(group) + _RANKED, piece.file)]
+                elsewhere = [piece.file for piece in entry.pieces
+                             if not re.fullmatch(re.escape(group) + _RANKED, piece.file)]
                 if elsewhere:
                     fault = f"has a piece in {elsewhere[0]!r}, which is no file of {group}"
                 if fault or twice:
-                    faults.append(f"{path}: {group} {name}: {fault or 'has two pieces in one file'}; every element must "
-                                  f"be there once; {_CURE}")
+                    faults.append(f"{path}: {group} {name}: {fault or 'has two pieces in one file'}; every element "
+                                  f"must be there once; {_CURE}")
     return faults
 
 

@@ -59,7 +59,8 @@ def together(peers: Peers, action: Callable[[], Any]) -> list[Any]:
         if fault is not None:
             raise fault
         return [result]
-    answer = {"result": result, "kind": type(fault).__name__ if fault else None, "faults": fault.faults if fault else []}
+    answer = {"result": result, "kind": type(fault).__name__ if fault else None,
+              "faults": fault.faults if fault else []}
     answers = [json.loads(text) for text in peers.gather_text(json.dumps(answer))]
     for rank, answer in enumerate(answers):
         if answer["kind"]:

@@ -67,8 +67,8 @@ class Checkpoint:
             CheckpointError: there is no such tensor.
         """
         if name not in self.names(group):
-            raise CheckpointError(f"{self.directory}: {group} has no tensor {name!r}; it must be of the same model; use "
-                                  "a checkpoint of this run")
+            raise CheckpointError(f"{self.directory}: {group} has no tensor {name!r}; it must be of the same model; "
+                                  "use a checkpoint of this run")
         entry = self.manifest.groups[group][name]
         wanted = (offset or (0,) * len(entry.shape), shape if shape is not None else tuple(entry.shape))
         assert all(a + n <= most for a, n, most in zip(*wanted, entry.shape, strict=True)), (name, wanted)

@@ -105,7 +105,7 @@ def restore(engine: Any, config: ModelConfig, mesh: Mesh, source: Source, step: 
 
 
 def restore_weights(engine: Any, mesh: Mesh, tensors: Mapping[str, Tensor]) -> None:
-    """Write this process's fp32 weights under the model's own names into an engine, masters and low-precision copies."""
+    """Write this process's fp32 weights under the model's own names: masters and low-precision copies."""
     _write(engine, mesh, WEIGHTS, tensors.__getitem__)
 
 

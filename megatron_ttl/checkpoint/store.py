@@ -145,8 +145,8 @@ class CheckpointStore:
         """
         first = peers.rank == 0
         rank = None if peers.world_size == 1 else peers.rank
-        pieces = {group: {name: tensor if isinstance(tensor, Piece) else whole(tensor) for name, tensor in found.items()}
-                  for group, found in tensors.items()}
+        pieces = {group: {key: tensor if isinstance(tensor, Piece) else whole(tensor)
+                          for key, tensor in found.items()} for group, found in tensors.items()}
         self.warnings = []
         payload = b""
 

@@ -29,7 +29,8 @@ TENSOR_PLAN: dict[str, Style] = {
 }
 """Module -> how tensor parallelism treats it. Source: Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, 4.2."""
 
-PIECES: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+PIECES: dict[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj"),
+                                      "gate_up_proj": ("gate_proj", "up_proj")}
 """Packed module -> Hugging Face's names of its pieces; a module that is not named here is one piece of its own name."""
 
 _STYLE_OF_PIECE: dict[str, Style] = {piece: style for module, style in TENSOR_PLAN.items()
@@ -53,7 +54,7 @@ class Layout:
         return self.tensor * self.pipeline * self.data
 
     def place(self, rank: int) -> Place:
-        """Return where a rank stands. Tensor ranks are neighbours, then data, then pipeline, as DeepSpeed's topology."""
+        """Return where a rank stands: tensor ranks are neighbours, then data, then pipeline, as in DeepSpeed."""
         assert 0 <= rank < self.world_size
         return Place(tensor=rank % self.tensor, data=rank // self.tensor % self.data,
                      pipeline=rank // (self.tensor * self.data))

@@ -22,7 +22,6 @@ from megatron_ttl.parallel.recompute import Recompute
 from megatron_ttl.parallel.shard import tensor_parallel_of
 from megatron_ttl.train.optimizer import build_optimizer, parameter_groups
 
-
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 

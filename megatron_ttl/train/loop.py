@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -151,7 +150,8 @@ class Interval:
             if not math.isfinite(value):
                 kept = session.folder.store.steps()
                 raise DivergedError(f"step {session.state.step}: the {name} is {value}; it must be a number; go on "
-                                    f"from step {max(kept, default=0)} with a lower optimizer.lr or train.gradient_clipping")
+                                    f"from step {max(kept, default=0)} with a lower optimizer.lr or "
+                                    "train.gradient_clipping")
         return loss
 
     def row(self, session: Session, lr: float) -> dict[str, Any]:
@@ -174,8 +174,9 @@ def compare_replicas(session: Session) -> None:
     faults = replica_faults(session.engine.deepspeed, session.mesh)
     if faults:
         kept = max(session.folder.store.steps(), default=0)
-        raise DivergedError(f"step {session.state.step}: copies of a weight differ, and must be equal bit for bit; a "
-                            f"machine or a connection made an error: start again without it, from step {kept}", *faults[:20])
+        raise DivergedError(f"step {session.state.step}: copies of a weight differ; they must be equal bit for bit; a "
+                            f"machine or a connection made an error: start again without it, from step {kept}",
+                            *faults[:20])
 
 
 def save(session: Session) -> None:
@@ -207,8 +208,8 @@ def evaluate(session: Session) -> dict[str, Any]:
     row: dict[str, Any] = {"event": "evaluation", "step": session.state.step, "tokens": session.state.consumed_tokens}
     for prefix, dataset in session.held_out.items():
         # Several micro batches at a time, or the stages of a pipeline would wait for each other.
-        nats, tokens = held_out_nats(session.engine.held_out_nats, dataset,
-                                     session.micro_batch * (4 * mesh.layout.pipeline if mesh.layout.pipeline > 1 else 1),
+        at_once = 4 * mesh.layout.pipeline if mesh.layout.pipeline > 1 else 1
+        nats, tokens = held_out_nats(session.engine.held_out_nats, dataset, session.micro_batch * at_once,
                                      rank=mesh.data_parallel_rank, world_size=mesh.data_parallel_size)
         nats, tokens = mesh.sum_data_parallel(nats, tokens)
         row[f"loss/{prefix}"] = nats / tokens

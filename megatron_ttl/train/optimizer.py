@@ -16,7 +16,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
 
     Returns:
         Two groups of `{"params", "names", "weight_decay"}` that together hold every parameter once; also where all
-        have the same decay, for DeepSpeed adds up norms group by group over pipeline stages that must have equally many.
+        have the same decay, for DeepSpeed adds up norms group by group over pipeline stages, which must have equally
+        many.
     """
     embeddings = {id(p) for module in model.modules() if isinstance(module, TokenEmbedding)
                   for p in module.parameters()}
@@ -47,4 +48,5 @@ def build_optimizer(groups: list[dict], config: OptimizerConfig, device: torch.d
     Source: Loshchilov & Hutter 2019, decoupled weight decay.
     """
     bare = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
-    return torch.optim.AdamW(bare, lr=config.lr, betas=config.betas, eps=config.eps, fused=device.type == "cuda" or offload)
+    fused = device.type == "cuda" or offload
+    return torch.optim.AdamW(bare, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

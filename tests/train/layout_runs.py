@@ -1,4 +1,4 @@
-"""Training under a layout, for the parity tests: the same data, dealt to whoever needs it, and a loop in plain torch."""
+"""Training under a layout, for the parity tests: one data for all layouts, and a loop in plain torch."""
 
 from __future__ import annotations
 
