@@ -7,6 +7,7 @@ its own.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,12 @@ DOORS = {
 }
 LAZY = {"wandb", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py"}  # inside the function that needs them
 WITHOUT_TORCH = ("megatron_ttl/config/", "megatron_ttl/errors.py", "megatron_ttl/files.py",
-                 "megatron_ttl/console.py", "megatron_ttl/model/flops.py")
+                 "megatron_ttl/console.py", "megatron_ttl/model/flops.py", "megatron_ttl/parallel/plan.py",
+                 "megatron_ttl/plan/")
 ENVIRONMENT_READERS = ("megatron_ttl/runtime.py", "megatron_ttl/parallel/door.py")
 
 FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES, TOOL_LINES, CONFIG_FIELDS = 400, 400, 80, 60, 80
+_LAYOUT_WORDS = re.compile(r"parallel|\branks?\b|\bmesh\b|pipeline|\bshard|all_reduce|deepspeed", re.IGNORECASE)
 FORBIDDEN_STEMS = {"utils", "util", "helpers", "helper", "misc", "common"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"eval", "exec", "builtins.eval", "builtins.exec", "torch.load", "torch.save", "os.system",
@@ -243,8 +246,21 @@ def second_environment_readers(root: Path) -> list[str]:
     return faults
 
 
+def layouts_in_the_model(root: Path) -> list[str]:
+    """Find words of parallelism where one process computes, and collectives outside `parallel/`."""
+    faults = []
+    for source in sources(root):
+        if source.unit in ("model", "kernels"):
+            faults += [f"{source.path}:{number}: speaks of {match[0]!r}; the model knows no layout"
+                       for number, line in enumerate(source.text.splitlines(), 1) if (match := _LAYOUT_WORDS.search(line))]
+        if source.path.startswith(f"{PACKAGE}/") and source.unit not in ("parallel", "testing"):
+            faults += [f"{source.path}:{item.line}: imports {item.name}; its place is parallel/" for item in imports(source)
+                       if item.name.startswith("torch.distributed")]
+    return faults
+
+
 RULES = (upward_imports, second_doors, circles, too_long, forbidden_names, forbidden_calls,
-         second_environment_readers)
+         second_environment_readers, layouts_in_the_model)
 
 
 def _aliases(tree: ast.Module) -> dict[str, str]:

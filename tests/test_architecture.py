@@ -31,6 +31,7 @@ def plant(root: Path, path: str, text: str) -> Path:
 
 UP, DOOR, CALL, NAME = rules.upward_imports, rules.second_doors, rules.forbidden_calls, rules.forbidden_names
 ENVIRONMENT, LONG = rules.second_environment_readers, rules.too_long
+LAYOUT = rules.layouts_in_the_model
 PLANTED = [
     # upward
     (UP, "megatron_ttl/model/a.py", "import megatron_ttl.train.loop\n", "a floor above"),
@@ -85,6 +86,9 @@ PLANTED = [
     (NAME, "tests/helpers.py", "", "says nothing"),
     (ENVIRONMENT, "megatron_ttl/train/a.py", "import os\nX = os.environ['X']\n", "reads"),
     (ENVIRONMENT, "megatron_ttl/data/a.py", "from os import getenv as g\ng('X')\n", "reads"),
+    (LAYOUT, "megatron_ttl/model/a.py", "def f(x, tensor_parallel):\n    return x\n", "the model knows no layout"),
+    (LAYOUT, "megatron_ttl/kernels/a.py", "# the same on every rank\n", "speaks of 'rank'"),
+    (LAYOUT, "megatron_ttl/train/a.py", "import torch.distributed as dist\n", "its place is parallel/"),
     # lengths
     (LONG, "megatron_ttl/data/a.py", "x = 1\n" * 401, "401 lines; the limit is 400"),
     (LONG, "tests/test_a.py", "x = 1\n" * 401, "401 lines; the limit is 400"),
@@ -109,6 +113,7 @@ INNOCENT = [
     ("megatron_ttl/data/d.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import e\n"),
     ("megatron_ttl/data/e.py", "import megatron_ttl.data.d\n"),
     ("megatron_ttl/checkpoint/hf.py", "def f(model):\n    import transformers\n    model.eval()\n"),
+    ("megatron_ttl/parallel/a.py", "import torch.distributed as dist  # parallel\n"),
     ("megatron_ttl/train/engine.py", "from megatron_ttl.parallel.door import deepspeed\nimport torch\n"),
     ("megatron_ttl/runtime.py", "import os\nX = os.environ.get('RANK')\n"),
     ("megatron_ttl/data/b.py", "import numpy\nnumpy.load('x', allow_pickle=False)\n"),
