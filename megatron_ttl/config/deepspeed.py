@@ -34,7 +34,7 @@ class ZeroConfig(Section):
     contiguous_gradients: bool | None = None
     """Copy gradients into one buffer as they appear."""
     reduce_scatter: bool | None = None
-    """Reduce-scatter instead of all-reduce."""
+    """Stage 3: reduce-scatter instead of all-reduce; DeepSpeed 0.19.8 all-reduces at stages 1 and 2 either way."""
     reduce_bucket_size: int | None = Field(default=None, gt=0)
     """Elements reduced at a time."""
     allgather_bucket_size: int | None = Field(default=None, gt=0)
@@ -46,7 +46,7 @@ class ZeroConfig(Section):
     stage3_max_live_parameters: int | None = Field(default=None, ge=0)
     """Stage 3: elements that may be whole at a time."""
     offload_optimizer: OffloadConfig | None = None
-    """Masters and moments on the host, 12 bytes per parameter less on the GPU; stages 1 to 3."""
+    """Masters and moments on the host, 12 bytes per parameter; at stages 2 and 3 the sums of gradients too, 4 more."""
 
 
 class Bf16Config(Section):
@@ -138,6 +138,7 @@ _NOT_OFFERED = {
     "tensor_parallel": "the degrees stand in \"parallel\": {\"tensor\": 2, \"pipeline\": 1}",
     "pipeline": "the degrees stand in \"parallel\": {\"tensor\": 1, \"pipeline\": 2}",
     "sequence_parallel_size": "sequence parallelism is \"parallel\": {\"tensor\": 2, \"sequence\": true}",
+    "parallel.data": "the processes that tensor and pipeline leave are data parallel",
     "checkpoint": "[checkpoint] of the run file and our own store keep the run",
     "wandb": "log.wandb of the run file owns it",
     "tensorboard": "metrics.jsonl in the run folder has every figure",

@@ -16,7 +16,7 @@ from megatron_ttl.config.deepspeed import (
     profile_faults,
     take_notes_and_owned,
 )
-from megatron_ttl.config.degrees import degree_faults, world_fault
+from megatron_ttl.config.degrees import MAX_WORLD_SIZE, degree_faults, world_fault
 from megatron_ttl.config.describe import known_keys, leaf_keys
 from megatron_ttl.config.overrides import WHERE as COMMAND_LINE
 from megatron_ttl.config.overrides import apply_overrides
@@ -113,9 +113,9 @@ def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
 def _world_faults(run: RunFile, profile: DeepSpeedProfile, path: Path, wrong: frozenset[str],
                   world_size: int) -> list[str]:
     """Return the faults that appear once the number of processes is known."""
-    if world_size < 1:
-        return [f"{COMMAND_LINE}: --world-size: is {world_size:,}; must be a whole number > 0; give the number of "
-                "processes"]
+    if not 0 < world_size <= MAX_WORLD_SIZE:
+        return [f"{COMMAND_LINE}: --world-size: is {world_size:,}; must be a whole number > 0 and <= "
+                f"{MAX_WORLD_SIZE:,}; give the number of processes"]
     if wrong & {"parallel", "parallel.tensor", "parallel.pipeline"}:
         return []
     if fault := world_fault(profile, world_size):

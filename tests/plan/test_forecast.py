@@ -96,9 +96,9 @@ def test_the_device_of_a_profile_may_have_any_name(tmp_path, device, has_hours, 
     assert ("hours_at_40_percent_mfu" in result, "kwh_of_the_boards" in result) == (has_hours, has_power)
 
 
-@pytest.mark.parametrize("world_size", [0, -1])
+@pytest.mark.parametrize("world_size", [0, -1, 2**40])
 def test_no_process_is_no_world(tmp_path, world_size):
-    """Nor is less than none."""
+    """Nor is less than none, nor more than there are anywhere."""
     deepspeed, run = write_settings(tmp_path, write_data(tmp_path / "data"), tmp_path / "run")
-    with pytest.raises(ConfigError, match=f"--world-size: is {world_size}; must be a whole number > 0"):
+    with pytest.raises(ConfigError, match=f"--world-size: is {world_size:,}; must be a whole number > 0"):
         dry_run(deepspeed, run, [], world_size)
