@@ -19,7 +19,7 @@ ONE = [Case(model="MHA", stage=stage) for stage in (0, 1, 2, 3)] + [
     Case(recompute="selective", stage=0), Case(recompute="full", stage=1, model="GQA"),
     Case(recompute="selective", stage=3, model="odd vocabulary"), Case(offload=True, stage=2),
     Case(offload=True, stage=3), Case(precision="bf16"), Case(precision="bf16", stage=3, recompute="selective"),
-    Case(precision="bf16", stage=2, offload=True)]
+    Case(precision="bf16", stage=2, offload=True), Case(precision="bf16", stage=1, offload=True)]
 TWO = [
     Case(tensor=2), Case(tensor=2, sequence=True), Case(data=2), Case(pipeline=2, stage=0),
     Case(tensor=2, stage=0, model="MHA"), Case(tensor=2, stage=1, model="odd vocabulary"),
@@ -28,7 +28,7 @@ TWO = [
     Case(tensor=2, stage=1, sequence=True, recompute="selective"), Case(tensor=2, stage=2, offload=True),
     Case(pipeline=2, stage=0, model="GQA"), Case(pipeline=2, stage=1, recompute="selective", model="odd vocabulary"),
     Case(data=2, stage=0), Case(data=2, stage=2, model="odd vocabulary", micro_batch=3), Case(data=2, stage=3),
-    Case(data=2, stage=3, offload=True)]
+    Case(data=2, stage=3, offload=True), Case(pipeline=2, stage=1, offload=True)]
 THREE = [Case(pipeline=3, stage=1, model="five blocks"), Case(data=3, stage=3, micro_batch=4, model="odd vocabulary")]
 FOUR = [
     Case(tensor=2, pipeline=2, sequence=True),
