@@ -107,15 +107,16 @@ def test_a_job_that_fails_after_a_preemption_stays_out(cluster):
     assert cluster.requeued() == 1
 
 
-@pytest.mark.parametrize("script", [SINGLE, MULTI])
-def test_the_training_command_is_the_documented_one(cluster, script):
+@pytest.mark.parametrize(("script", "machine", "run"), [(SINGLE, "a100_single", "ttl_160m"),
+                                                        (MULTI, "slurm_2x8", "tinyllama_1b1")])
+def test_the_training_command_is_the_documented_one(cluster, script, machine, run):
     cluster.run(script, [0])
     sources = 'data.sources=[{prefix="a b"}]'
     cluster.run(script, [0], "configs/cpu.json", "my run.toml", "train.steps=5", sources)
     first, second = cluster.calls()
     assert first["argv"] == ["--cpus-per-task=8", "--kill-on-bad-exit=0", "--wait=120", "python", "-u",
-                             "pretrain_ttl.py", "--deepspeed_config", "configs/a100_single.json", "--config",
-                             "configs/ttl_160m.toml"]
+                             "pretrain_ttl.py", "--deepspeed_config", f"configs/{machine}.json", "--config",
+                             f"configs/{run}.toml"]
     assert second["argv"][6:] == ["--deepspeed_config", "configs/cpu.json", "--config", "my run.toml",
                                   "train.steps=5", sources]
     assert first["PWD"] == str(cluster.folder / "submitted from here")
