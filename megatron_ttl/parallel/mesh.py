@@ -76,6 +76,13 @@ class Mesh:
         dist.all_reduce(total, group=group)
         return total.tolist()
 
+    def largest(self, value: float) -> float:
+        """Return the largest of all processes' numbers."""
+        found = torch.tensor([value], dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return float(found)
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any process."""
         return self.sum(float(flag))[0] > 0

@@ -80,10 +80,15 @@ class Session:
         return row | {"energy_kwh": kwh, "emissions_kg_co2e": kilograms} if row else row
 
     def peak_memory_bytes(self) -> int:
-        """Return this process's peak: of the GPU where there is one, of the host otherwise."""
+        """Return the largest peak of all processes: of the GPU where there is one, of the host otherwise.
+
+        Every process must call: the stages of a pipeline need unequally much.
+        """
         if self.engine.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.engine.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+            own = torch.cuda.max_memory_allocated(self.engine.device)
+        else:
+            own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        return int(self.mesh.largest(own))
 
     def record(self) -> dict[str, Any]:
         """Return the small part of a checkpoint: position, totals, and what explains them; every process must call."""
