@@ -249,9 +249,9 @@ def _precision_faults(profile: DeepSpeedProfile, wrong: frozenset[str]) -> list[
         return faults
     travel = profile.communication_data_type
     if travel not in ("fp32", precision):
-        faults.append(("communication_data_type", f"is \"{travel}\" in an {precision} run; must be \"fp32\""
-                       f"{'' if precision == 'fp32' else f' or {chr(34)}{precision}{chr(34)}'} there, or gradients are "
-                       f"rounded on their way; remove it or enable {travel}"))
+        article, also = {"bf16": ("a", ' or "bf16"'), "fp16": ("an", ' or "fp16"'), "fp32": ("an", "")}[precision]
+        faults.append(("communication_data_type", f'is "{travel}" in {article} {precision} run; must be "fp32"{also} '
+                       f"there, or gradients are rounded on their way; remove it or enable {travel}"))
     return faults
 
 

@@ -6,9 +6,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_ttl.config.checks import Fault, accumulation, accumulation_fault, check_world, run_faults
+from megatron_ttl.config.checks import accumulation, accumulation_fault, check_world, run_faults
 from megatron_ttl.config.deepspeed import (
     NOTES,
     OWNED_KEYS,
