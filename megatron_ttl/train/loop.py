@@ -23,6 +23,7 @@ from megatron_ttl.train.engine import StepResult
 from megatron_ttl.train.failure import told_once
 from megatron_ttl.train.session import Session, prepare
 from megatron_ttl.train.stop import StopRequest
+from megatron_ttl.train.switches import Switches
 
 
 class DivergedError(UserError):
@@ -57,6 +58,7 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
     run, mesh, state, engine = session.run, session.mesh, session.state, session.engine
     total_steps = run.total_steps
     interval = Interval()
+    switches = Switches(session.folder.path, looks=mesh.is_first)
     with closing(_batches(session)) as batches, session.energy, session.metrics:
         while state.step < total_steps:
             # one step: micro batches forward and backward, gradients reduced, weights moved
@@ -65,7 +67,8 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
             result = engine.train_step(micro_batches, lr, run.train.tokens_per_step)
             state.advance(run)
             interval.add(result, batches.wait_s)
-            asked_to_stop = mesh.any(stop.is_set)
+            stop_file, save_file = switches.asked()
+            asked_to_stop, asked_to_save = (votes > 0 for votes in mesh.sum(stop.is_set or stop_file, save_file))
             at_end = state.step == total_steps or asked_to_stop
 
             # once in a while: say how it goes
@@ -74,7 +77,7 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
                 interval = Interval()
 
             # once in a while: see that all processes still train one model
-            due = at_end or state.step % run.checkpoint.every_steps == 0
+            due = at_end or asked_to_save or state.step % run.checkpoint.every_steps == 0
             if session.replica_check_steps and (due or state.step % session.replica_check_steps == 0):
                 with interval.paused():
                     compare_replicas(session)
@@ -84,7 +87,8 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
                 if interval.steps:
                     interval.mean_loss(session)
                 with interval.paused():
-                    save(session)
+                    kept = save(session, last=at_end)
+                switches.honoured(asked_to_stop, kept)
 
             # once in a while, and at the end: measure on text it never saw
             cadence = run.evaluation.every_steps
@@ -179,11 +183,18 @@ def compare_replicas(session: Session) -> None:
                             *faults[:20])
 
 
-def save(session: Session) -> None:
+def save(session: Session, last: bool = False) -> bool:
     """Write a checkpoint; after three failures in a row give up, for a run that cannot be kept is lost work.
 
+    Args:
+        session: between two steps.
+        last: whether the process is about to leave: then one failure is enough.
+
+    Returns:
+        Whether the checkpoint is on the disk.
+
     Raises:
-        DiskError: the third save in a row failed.
+        DiskError: the third save in a row failed, or the last one did; on every process.
     """
     state = session.state
     pieces = capture(session.engine.deepspeed, session.run.model, session.mesh)
@@ -192,14 +203,15 @@ def save(session: Session) -> None:
         session.folder.store.save(state.step, pieces, record, session.mesh)
     except DiskError as error:  # on every process, or on none
         state.failed_saves += 1
-        if state.failed_saves >= 3:
+        if last or state.failed_saves >= 3:
             raise
         session.say(f"warning: {error} (save {state.failed_saves} of 3 failed; training goes on)")
-        return
+        return False
     state.failed_saves = 0
     for warning in session.folder.store.warnings:
         session.say(f"warning: {warning}")
     session.metrics.row({"event": "checkpoint", "step": state.step, "tokens": state.consumed_tokens})
+    return True
 
 
 def evaluate(session: Session) -> dict[str, Any]:

@@ -172,6 +172,14 @@ def test_a_full_disk_is_survived_twice(place, tmp_path, failures, code, kept):
     assert [path.name for path in sorted(folder.glob("*"))] == [f"step-{step:08d}" for step in kept]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_cannot_keep_its_end_is_not_done(place, tmp_path, processes):
+    """The last save is not followed by another: its failure is the run's, on every process."""
+    arguments = (str(place / "machine.json"), str(place / "run.toml"), [f"run.dir={tmp_path}/run"], 1)
+    assert run_distributed(full_disk, processes, *arguments) == [75] * processes
+    assert not list((tmp_path / "run/checkpoints").glob("*"))
+
+
 def diverge(mesh, deepspeed, run, overrides):
     """Train with a learning rate that breaks everything; return the message."""
     from megatron_ttl.errors import UserError
