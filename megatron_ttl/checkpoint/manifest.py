@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_ttl.checkpoint.bounded_json import MAX_JSON_BYTES, parse_json_object, read_json_object, read_regular_file
 from megatron_ttl.checkpoint.peers import ALONE, Peers
 from megatron_ttl.checkpoint.pieces import Piece, cover_fault
-from megatron_ttl.checkpoint.tensor_file import dtype_name, encoded_bytes
+from megatron_ttl.checkpoint.tensor_file import TORCH_DTYPES, dtype_name, encoded_bytes
 from megatron_ttl.errors import CheckpointError, raise_faults
 from megatron_ttl.files import checksum, checksum_bytes
 
@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 RECORD = "record.json"
 _CURE = "use another checkpoint"
 _GROUP = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_RANKED = r"-\d{5}\.safetensors"
+_RANKED = r"-[0-9]{5}\.safetensors"
 _TEMPLATE = "xxh3:" + "0" * 32
 
 
@@ -75,7 +75,6 @@ class Manifest(_Strict):
         sealed = {"checksum": checksum_bytes(_canonical(body)), **body}
         return _canonical(sealed) + b"\n"
 
-
     def contents(self) -> dict[str, dict[str, TensorEntry]]:
         """Return what each file of tensors must hold."""
         found: dict[str, dict[str, TensorEntry]] = {}
@@ -83,7 +82,7 @@ class Manifest(_Strict):
             found = {file_name(group): {} for group in self.groups}
         for group, entries in self.groups.items():
             for name, entry in entries.items():
-                for piece in entry.pieces or [entry.whole(file_name(group))]:
+                for piece in [entry.whole(file_name(group))] if entry.pieces is None else entry.pieces:
                     found.setdefault(piece.file, {})[name] = TensorEntry(dtype=entry.dtype, shape=piece.shape)
         return found
 
@@ -164,8 +163,8 @@ def read_manifest(folder: Path, step: int | None = None) -> Manifest:
         CheckpointError: with all faults, each naming its file.
     """
     path = folder / MANIFEST
-    if folder.is_symlink() or not folder.is_dir():
-        what = "is no folder" if folder.is_symlink() or folder.exists() else "does not exist"
+    what = _no_folder(folder)
+    if what:
         raise CheckpointError(f"{folder}: {what}; it must be a checkpoint folder; {_CURE}")
     payload = read_regular_file(path, MAX_JSON_BYTES)
     content = parse_json_object(payload, path)
@@ -204,16 +203,24 @@ def verify(folder: Path, step: int | None = None, peers: Peers = ALONE) -> tuple
         CheckpointError: with all faults, each naming its file.
     """
     manifest: Manifest | None = None
-    faults: list[str] = []
+    record: dict[str, Any] = {}
+    seen, faults = "", []
     try:
         manifest = read_manifest(folder, step)
-        faults = _file_faults(folder, manifest, list(manifest.files)[peers.rank :: peers.world_size])
+        seen = checksum_bytes(manifest.encode())
+        share = list(manifest.files)[peers.rank :: peers.world_size]
+        faults = _file_faults(folder, manifest, list(dict.fromkeys([*share, RECORD])))
+        # Before all agree: a process that alone cannot read it must not go its own way.
+        record = {} if faults else read_json_object(folder / RECORD)
     except CheckpointError as error:
         faults = error.faults
-    found = [fault for text in peers.gather_text(json.dumps(faults)) for fault in json.loads(text)]
-    raise_faults(CheckpointError, dict.fromkeys(found))
+    answers = [json.loads(text) for text in peers.gather_text(json.dumps({"manifest": seen, "faults": faults}))]
+    raise_faults(CheckpointError, dict.fromkeys(fault for answer in answers for fault in answer["faults"]))
+    if len({answer["manifest"] for answer in answers}) > 1:
+        raise CheckpointError(f"{folder}: the processes see different checkpoints there; it must be one, on a file "
+                              "system that all machines share; move the run folder there")
     assert manifest is not None
-    return manifest, read_json_object(folder / RECORD)
+    return manifest, record
 
 
 def _file_faults(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
@@ -224,6 +231,16 @@ def _file_faults(folder: Path, manifest: Manifest, names: list[str]) -> list[str
         return faults
     contents = manifest.contents()
     return [fault for name in names if name in contents for fault in _header_faults(folder / name, contents[name])]
+
+
+def _no_folder(folder: Path) -> str:
+    """Say why a path is no folder of ours; nothing when it is one."""
+    try:
+        if folder.is_symlink() or not folder.is_dir():
+            return "is no folder" if folder.is_symlink() or folder.exists() else "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return ""
 
 
 def _canonical(value: Any) -> bytes:
@@ -248,6 +265,9 @@ def _piece_faults(path: Path, manifest: Manifest) -> list[str]:
     faults = []
     for group, entries in manifest.groups.items():
         for name, entry in entries.items():
+            if entry.dtype not in TORCH_DTYPES:
+                faults.append(f"{path}: {group} {name}: dtype {entry.dtype!r}; it must be one of "
+                              f"{', '.join(TORCH_DTYPES)}; {_CURE}")
             if (entry.pieces is None) != (manifest.version == 1):
                 faults.append(f"{path}: {group} {name}: pieces belong to version 2, which has nothing else; they must "
                               f"be as they were written; {_CURE}")

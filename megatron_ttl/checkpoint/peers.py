@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from megatron_ttl.errors import CheckpointError, DiskError, UserError, raise_faults
+from megatron_ttl.errors import CheckpointError, DiskError, raise_faults
 
 
 class Peers(Protocol):
@@ -48,20 +49,25 @@ def together(peers: Peers, action: Callable[[], Any]) -> list[Any]:
 
     Raises:
         CheckpointError, DiskError: what the first faulty process raised, on all of them.
+        Exception: an error of ours; as it is where it happened, on the others a RuntimeError that quotes it.
     """
-    fault: UserError | None = None
+    fault: Exception | None = None
     result = None
     try:
         result = action()
-    except (CheckpointError, DiskError) as error:
+    except Exception as error:  # also what nobody thought of: the others must hear of it, not wait
         fault = error
     if peers.world_size == 1:
         if fault is not None:
             raise fault
         return [result]
-    answer = {"result": result, "kind": type(fault).__name__ if fault else None,
-              "faults": fault.faults if fault else []}
+    known = type(fault) in _KINDS.values()
+    answer = {"result": result, "kind": type(fault).__name__ if known else None, "faults": fault.faults if known else [],
+              "traceback": "".join(traceback.format_exception(fault)) if fault and not known else ""}
     answers = [json.loads(text) for text in peers.gather_text(json.dumps(answer))]
+    for rank, answer in enumerate(answers):  # before the disk's faults: a run survives those
+        if answer["traceback"]:
+            raise fault if fault and not known else RuntimeError(f"rank {rank} failed:\n{answer['traceback']}")
     for rank, answer in enumerate(answers):
         if answer["kind"]:
             raise_faults(_KINDS[answer["kind"]], [f"rank {rank}: {text}" for text in answer["faults"]])

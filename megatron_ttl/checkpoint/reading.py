@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_ttl.checkpoint.manifest import Manifest, file_name
+from megatron_ttl.checkpoint.manifest import Manifest, TensorEntry, file_name
 from megatron_ttl.checkpoint.pieces import overlap
-from megatron_ttl.checkpoint.tensor_file import torch_dtype
+from megatron_ttl.checkpoint.tensor_file import TORCH_DTYPES
 from megatron_ttl.errors import CheckpointError
 
 
@@ -41,6 +41,14 @@ class Checkpoint:
                                   f"{', '.join(self.groups)}; use a checkpoint of a training run")
         return list(self.manifest.groups[group])
 
+    def shape(self, group: str, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor; reads nothing.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        return tuple(self._entry(group, name).shape)
+
     def tensors(self, group: str) -> dict[str, Tensor]:
         """Load one group on the CPU, every tensor whole; where it lies whole in one file, memory is the file's own
         pages until written to.
@@ -49,7 +57,7 @@ class Checkpoint:
             CheckpointError: there is no such group.
         """
         names = self.names(group)
-        if any(self.manifest.groups[group][name].pieces for name in names):
+        if self.manifest.version > 1:
             return {name: self.read(group, name) for name in names}
         with safe_open(self.directory / file_name(group), framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in names}
@@ -66,14 +74,11 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor.
         """
-        if name not in self.names(group):
-            raise CheckpointError(f"{self.directory}: {group} has no tensor {name!r}; it must be of the same model; "
-                                  "use a checkpoint of this run")
-        entry = self.manifest.groups[group][name]
+        entry = self._entry(group, name)
         wanted = (offset or (0,) * len(entry.shape), shape if shape is not None else tuple(entry.shape))
-        assert all(a + n <= most for a, n, most in zip(*wanted, entry.shape, strict=True)), (name, wanted)
-        result = torch.empty(wanted[1], dtype=torch_dtype(entry.dtype))
-        for piece in entry.pieces or [entry.whole(file_name(group))]:
+        assert all(0 <= a <= a + n <= most for a, n, most in zip(*wanted, entry.shape, strict=True)), (name, wanted)
+        result = torch.empty(wanted[1], dtype=TORCH_DTYPES[entry.dtype])
+        for piece in [entry.whole(file_name(group))] if entry.pieces is None else entry.pieces:
             block = (tuple(piece.offset), tuple(piece.shape))
             shared = overlap(wanted, block) if entry.shape else block
             if shared is None:
@@ -86,6 +91,12 @@ class Checkpoint:
                 return found
             result[_slices(shared, wanted[0])] = found
         return result
+
+    def _entry(self, group: str, name: str) -> TensorEntry:
+        if name not in self.names(group):
+            raise CheckpointError(f"{self.directory}: {group} has no tensor {name!r}; it must be of the same model; "
+                                  "use a checkpoint of this run")
+        return self.manifest.groups[group][name]
 
 
 def _slices(block: tuple[tuple[int, ...], tuple[int, ...]], origin: tuple[int, ...]) -> tuple[slice, ...]:

@@ -43,8 +43,8 @@ from megatron_ttl.files import checksum_bytes, fsync_directory, human_bytes, req
 
 __all__ = ["Checkpoint", "CheckpointStore", "Saved"]
 
-_STEP = re.compile(r"step-(\d{8,18})")
-_TEMPORARY = re.compile(r"step-\d{8,18}\.(?:tmp|old)-(\d{1,10})")
+_STEP = re.compile(r"step-([0-9]{8,18})")
+_TEMPORARY = re.compile(r"step-[0-9]{8,18}\.(?:tmp|old)-([0-9]{1,10})")
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,11 @@ class CheckpointStore:
         Only folders that look whole (manifest and sizes) count among the last ones to keep: damaged ones must
         never push out the last one that can be read.
         """
-        steps = self.steps()
+        try:
+            steps = self.steps()
+        except CheckpointError as error:
+            self.warnings += error.faults
+            return
         whole = [step for step in steps if step == newest or self._looks_whole(step)]
         stay = {newest, *whole[-self.keep_last :]}
         for step in steps:
@@ -270,9 +274,12 @@ class CheckpointStore:
 
     def _disk_error(self, step: int, needed: int, error: OSError) -> DiskError:
         place = self.directory
-        while not place.exists():
-            place = place.parent
-        free = human_bytes(shutil.disk_usage(place).free)
+        try:
+            while not place.exists():
+                place = place.parent
+            free = human_bytes(shutil.disk_usage(place).free)
+        except OSError:  # a disk that fails may not answer this either
+            free = "an unknown number of bytes"
         return DiskError(f"{error.filename or self.directory}: the checkpoint of step {step} could not be "
                          f"written ({error.strerror or error}); it needs {human_bytes(needed)}, {free} are "
                          "free; free some space or repair the disk")

@@ -22,6 +22,8 @@ from torch import Tensor
 _DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
            torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64",
            torch.int64: "I64"}
+TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
+"""The format's names of the dtypes that are written and read here."""
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 _BLOCK_BYTES = 16 << 20
 
@@ -29,11 +31,6 @@ _BLOCK_BYTES = 16 << 20
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the format's name of a dtype."""
     return _DTYPES[dtype]
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype of one of the format's names."""
-    return next(dtype for dtype, known in _DTYPES.items() if known == name)
 
 
 def encoded_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:

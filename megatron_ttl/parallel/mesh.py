@@ -107,11 +107,6 @@ class Mesh:
         dist.all_gather(found, padded)
         return [bytes(part[:size].tolist()).decode() for part, size in zip(found, sizes.tolist(), strict=True)]
 
-    def barrier(self) -> None:
-        """Wait for every process."""
-        if self.world_size > 1:
-            dist.all_reduce(torch.zeros(1))
-
     def first_to_fail(self) -> bool:
         """Tell the others that this process fails; return whether none did before."""
         try:

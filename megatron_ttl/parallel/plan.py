@@ -8,7 +8,6 @@ rows or of columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -172,9 +171,3 @@ def stage_bounds(config: ModelConfig, sequence_length: int, stages: int) -> list
                 for i in range(count - s + 1)}
     ends = best[0][2]
     return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
-
-
-def places(layout: Layout) -> Iterator[tuple[int, Place]]:
-    """Yield every rank and its place."""
-    for rank in range(layout.world_size):
-        yield rank, layout.place(rank)

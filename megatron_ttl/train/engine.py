@@ -56,28 +56,26 @@ class Engine:
         self._tensor_parallel = tensor_parallel_of(mesh)
         self._scale = 1.0
         self._grad_norm: Tensor | None = None
-        reduced = deepspeed_settings.get("bf16", {}).get("enabled") or deepspeed_settings.get("fp16", {}).get("enabled")
         self._fp16 = bool(deepspeed_settings.get("fp16", {}).get("enabled"))
-        if not reduced:
+        if not self._fp16 and not deepspeed_settings.get("bf16", {}).get("enabled"):
             torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
         model = build_part(run, mesh, recompute, self._scaled_loss)
         initial = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
         self.decay_groups = parameter_groups(model, run.optimizer)
         offload = "offload_optimizer" in deepspeed_settings["zero_optimization"]
         self.optimizer = build_optimizer(self.decay_groups, run.optimizer, mesh.device, offload)
-        if deepspeed_settings["zero_optimization"]["stage"] == 0:
+        settings = dict(deepspeed_settings)
+        if settings["zero_optimization"]["stage"] == 0:
             # DeepSpeed does not tell the norm at stage 0, and leaves out of it what other stages and ranks hold.
-            clipping = deepspeed_settings["gradient_clipping"]
-            deepspeed_settings = {**deepspeed_settings, "gradient_clipping": 0.0}
+            clipping, settings["gradient_clipping"] = settings["gradient_clipping"], 0.0
             self.optimizer.register_step_pre_hook(lambda *_: self._clip(clipping))
         if mesh.layout.pipeline > 1:
             # Left to itself DeepSpeed sends each tensor rank's part of what it takes for one tensor on all of them;
             # with sequence parallelism they hold different tokens.
-            deepspeed_settings = {**deepspeed_settings, "pipeline": {"pipe_partitioned": False,
-                                                                     "grad_partitioned": False}}
+            settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports that DeepSpeed prints unasked
             mpu = {} if mesh.layout.pipeline > 1 else {"mpu": mesh.grid}  # a pipeline stage brings its own
-            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_settings,
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings,
                                                       dist_init_required=False, **mpu)
         # DeepSpeed makes its fp32 masters from bf16 copies; give them the bits that were drawn, so that the initial
         # weights are the same in every dtype.
