@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from math import prod
 
 from torch import Tensor
@@ -58,7 +57,8 @@ def cover_fault(shape: tuple[int, ...], blocks: Iterable[Block]) -> str:
     if most_cut is not None:
         blocks.sort(key=lambda block: block[0][most_cut])
     for index, first in enumerate(blocks):
-        for second in islice(blocks, index + 1, None):
+        for other in range(index + 1, len(blocks)):
+            second = blocks[other]
             if most_cut is not None and second[0][most_cut] >= first[0][most_cut] + first[1][most_cut]:
                 break
             if overlap(first, second) is not None:
