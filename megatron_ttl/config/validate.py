@@ -189,7 +189,7 @@ def _partial(model: type[Model], plain: Any, wrong: set[str], prefix: str = "") 
         table = section_type(field.annotation)
         given = isinstance(plain, dict) and name in plain
         if table is not None and not is_list(field.annotation):
-            if not given and not field.is_required():
+            if not field.is_required() and (not given or plain[name] is None):
                 continue  # its default is right, and may be that there is no such section
             values[name] = _partial(table, plain[name] if given else {}, wrong, f"{prefix}{name}.")
         elif given and prefix + name not in wrong:

@@ -212,3 +212,12 @@ def test_loading_is_quick_and_needs_no_torch():
     times = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
              for _ in range(3)]
     assert min(times) <= 0.5, times
+
+
+@pytest.mark.parametrize("section", ["bf16", "fp16", "data_types", "parallel"])
+def test_a_section_that_is_null_is_no_section(tmp_path, section):
+    """Alone, and beside a fault of another key, when the settings are built from what is right."""
+    load(tmp_path, profile={**PROFILE, section: None})
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, profile={**PROFILE, section: None, "train_micro_batch_size_per_gpu": 0})
+    assert len(error.value.faults) == 1 and "train_micro_batch_size_per_gpu" in error.value.faults[0]
