@@ -62,7 +62,8 @@ def together(peers: Peers, action: Callable[[], Any]) -> list[Any]:
             raise fault
         return [result]
     known = type(fault) in _KINDS.values()
-    answer = {"result": result, "kind": type(fault).__name__ if known else None, "faults": fault.faults if known else [],
+    answer = {"result": result,
+              "kind": type(fault).__name__ if known else None, "faults": fault.faults if known else [],
               "traceback": "".join(traceback.format_exception(fault)) if fault and not known else ""}
     answers = [json.loads(text) for text in peers.gather_text(json.dumps(answer))]
     for rank, answer in enumerate(answers):  # before the disk's faults: a run survives those

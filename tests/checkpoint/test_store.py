@@ -17,6 +17,7 @@ from store_states import FUTURE, assert_holds, flip, names, save, state
 from megatron_ttl.checkpoint import store as store_module
 from megatron_ttl.checkpoint.store import CheckpointStore
 from megatron_ttl.errors import CheckpointError, DiskError, ExitCode
+from megatron_ttl.files import checksum
 
 
 def test_round_trip_is_exact_for_every_dtype(store: CheckpointStore) -> None:
@@ -35,6 +36,18 @@ def test_round_trip_is_exact_for_every_dtype(store: CheckpointStore) -> None:
         assert torch.equal(loaded[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
     assert checkpoint.tensors("empty_group") == {} and checkpoint.groups == ["weights", "empty_group"]
     assert checkpoint.record == {}
+
+
+def test_one_process_writes_what_it_always_wrote(store: CheckpointStore) -> None:
+    """Version 1 to the byte, as before there were pieces: older releases go on reading it."""
+    weights = {"b": torch.arange(6, dtype=torch.float32).reshape(2, 3), "a": torch.ones(2, dtype=torch.bfloat16)}
+    groups = {"weights": weights, "empty": {}, "rng": {"torch": torch.arange(3, dtype=torch.uint8)}}
+    folder = store.save(40, groups, {"note": "épocas", "x": [1, 2.5, None]}).directory
+    assert {path.name: checksum(path).removeprefix("xxh3:") for path in folder.iterdir()} == {
+        "weights.safetensors": "c49bab784bd659c15f8aeffc2789d78d",
+        "empty.safetensors": "20e3ecbf30e42c5fb25df8cdce94a65a",
+        "rng.safetensors": "e0efeebdb021e53cf35f97d883d2dc65", "record.json": "3b4d942393f5d01636544dc15b067416",
+        "manifest.json": "22f9bb00c9eec2700feec0648f6e4e33"}
 
 
 def test_newest_comes_first_and_any_can_be_opened(store: CheckpointStore, tmp_path: Path) -> None:

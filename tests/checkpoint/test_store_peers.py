@@ -6,98 +6,23 @@ import errno
 import json
 import os
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from store_peers import ThreadPeers, assert_whole, forge, on_all, pieces, save, save_as, tensors
 from store_states import cut, flip, replace_by
 
 from megatron_ttl.checkpoint import store as store_module
-from megatron_ttl.checkpoint.manifest import Manifest
-from megatron_ttl.checkpoint.pieces import Piece, cover_fault, whole
+from megatron_ttl.checkpoint.pieces import cover_fault
 from megatron_ttl.checkpoint.store import CheckpointStore
 from megatron_ttl.errors import CheckpointError, DiskError
 from megatron_ttl.testing import run_distributed
 
 
-class ThreadPeers:
-    """A process among `world_size`, played by a thread."""
-
-    def __init__(self, rank: int, board: list[str], barrier: threading.Barrier) -> None:
-        self.rank, self.world_size = rank, len(board)
-        self._board, self._barrier = board, barrier
-
-    def gather_text(self, text: str) -> list[str]:
-        self._board[self.rank] = text
-        self._barrier.wait(10)
-        found = list(self._board)
-        self._barrier.wait(10)
-        return found
-
-
-def on_all(world_size: int, action: Callable[[ThreadPeers], Any]) -> list[Any]:
-    """Run on every peer; return results or what was raised, by rank."""
-    board, barrier = [""] * world_size, threading.Barrier(world_size)
-    results: list[Any] = [None] * world_size
-
-    def work(rank: int) -> None:
-        try:
-            results[rank] = action(ThreadPeers(rank, board, barrier))
-        except Exception as error:  # noqa: BLE001: it is looked at by the test
-            results[rank] = error
-            barrier.abort() if not isinstance(error, (CheckpointError, DiskError)) else None
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive(), "a peer waits for ever"
-    return results
-
-
-def tensors(step: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return {"rows": torch.randn(12, 5, generator=generator), "columns": torch.randn(3, 24, generator=generator),
-            "norm": torch.randn(6, generator=generator), "scalar": torch.tensor(float(step))}
-
-
-def pieces(step: int, rank: int, world_size: int) -> dict[str, dict[str, Piece]]:
-    """Rows and columns are cut, the norm is the second rank's, the scalar and the other group the first one's."""
-    found = {}
-    for dim, name in ((0, "rows"), (1, "columns")):
-        tensor = tensors(step)[name]
-        share = tensor.shape[dim] // world_size
-        offset = [0, 0]
-        offset[dim] = rank * share
-        found[name] = Piece(tensor.narrow(dim, rank * share, share), tuple(tensor.shape), tuple(offset))
-    if rank == 1 % world_size:
-        found["norm"] = whole(tensors(step)["norm"])
-    if rank == 0:
-        found["scalar"] = whole(tensors(step)["scalar"])
-    return {"weights": found, "rng": {"torch": whole(torch.arange(7))} if rank == 0 else {}}
-
-
-def save(folder: Path, step: int, world_size: int, **patches: Any) -> list[Any]:
-    def action(peers: ThreadPeers) -> Any:
-        return CheckpointStore(folder, keep_last=3).save(step, pieces(step, peers.rank, world_size), {"step": step}, peers)
-
-    return on_all(world_size, action)
-
-
-def assert_whole(folder: Path, step: int) -> None:
-    checkpoint = CheckpointStore(folder).latest_valid()
-    assert checkpoint is not None and checkpoint.step == checkpoint.record["step"] == step
-    loaded = checkpoint.tensors("weights")
-    assert loaded.keys() == tensors(step).keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(step).items())
-    assert torch.equal(checkpoint.tensors("rng")["torch"], torch.arange(7))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_pieces_come_together(tmp_path: Path, world_size: int) -> None:
     """One process writes version 1, which knows no pieces; several write files of their own."""
     results = save(tmp_path, 5, world_size)
@@ -113,7 +38,7 @@ def test_pieces_come_together(tmp_path: Path, world_size: int) -> None:
     assert total == results[0].bytes, "what a save needs is known before and exact"
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_any_slice_can_be_read(tmp_path: Path, world_size: int) -> None:
     save(tmp_path, 5, world_size)
     checkpoint = CheckpointStore(tmp_path).latest_valid()
@@ -135,7 +60,8 @@ def test_a_slice_reads_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save(tmp_path, 5, 3)
     checkpoint = CheckpointStore(tmp_path).latest_valid()
     opened, real = [], reading.safe_open
-    monkeypatch.setattr(reading, "safe_open", lambda path, **options: (opened.append(path.name), real(path, **options))[1])
+    monkeypatch.setattr(reading, "safe_open",
+                        lambda path, **options: (opened.append(path.name), real(path, **options))[1])
     checkpoint.read("weights", "rows", (5, 0), (2, 5))
     assert opened == ["weights-00001.safetensors"]
 
@@ -228,15 +154,13 @@ def killed_while_writing(mesh: Any, folder: str, victim: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(path, *arguments)
 
-    store = CheckpointStore(folder)
-    store.save(5, pieces(5, mesh.rank, mesh.world_size), {"step": 5}, mesh)
+    save_as(mesh, Path(folder), 5)
     store_module.write_tensors = dying
-    store.save(10, pieces(10, mesh.rank, mesh.world_size), {"step": 10}, mesh)
+    save_as(mesh, Path(folder), 10)
 
 
 def saved(mesh: Any, folder: str, step: int) -> bool:
-    store = CheckpointStore(folder)
-    return store.save(step, pieces(step, mesh.rank, mesh.world_size), {"step": step}, mesh).written
+    return save_as(mesh, Path(folder), step).written
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -251,15 +175,6 @@ def test_a_killed_writer_costs_only_the_save(tmp_path: Path, victim: int) -> Non
     assert sorted(os.listdir(tmp_path)) == ["step-00000005", "step-00000010"]
 
 
-def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Rewrite a manifest with a right checksum of its own."""
-    path = folder / "manifest.json"
-    content = json.loads(path.read_text())
-    content.pop("checksum")
-    change(content)
-    path.write_bytes(Manifest.model_validate(content).encode())
-
-
 def piece(content: dict[str, Any], name: str, index: int) -> dict[str, Any]:
     return content["groups"]["weights"][name]["pieces"][index]
 
@@ -269,12 +184,14 @@ def piece(content: dict[str, Any], name: str, index: int) -> dict[str, Any]:
     (lambda c: c["groups"]["weights"]["rows"]["pieces"].pop(), "weights rows: lacks 20 of its 60 elements"),
     (lambda c: piece(c, "rows", 2).update(offset=[9, 0]), "weights rows: has a piece of .* which does not lie in its"),
     (lambda c: piece(c, "rows", 0).update(offset=[0]), "which does not lie in its"),
-    (lambda c: piece(c, "rows", 0).update(file="../../x.safetensors"), "has a piece in '../../x.safetensors', which is no file of weights"),
+    (lambda c: piece(c, "rows", 0).update(file="../../x.safetensors"),
+     "has a piece in '../../x.safetensors', which is no file of weights"),
     (lambda c: piece(c, "rows", 0).update(file="weights-00001.safetensors"), "has two pieces in one file"),
     (lambda c: c["groups"]["weights"]["norm"].pop("pieces"), "pieces belong to version 2"),
     (lambda c: c["groups"]["weights"]["norm"].update(shape=[7]), "weights norm: lacks 1 of its 7 elements"),
 ])
-def test_manifests_that_lie_about_pieces(tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
+def test_manifests_that_lie_about_pieces(tmp_path: Path, change: Callable[[dict[str, Any]], None],
+                                         message: str) -> None:
     save(tmp_path, 5, 3)
     forge(tmp_path / "step-00000005", change)
     with pytest.raises(CheckpointError, match=message):
@@ -282,7 +199,8 @@ def test_manifests_that_lie_about_pieces(tmp_path: Path, change: Callable[[dict[
 
 
 @pytest.mark.parametrize(("shape", "blocks", "message"), [
-    ((4, 4), [((0, 0), (2, 4)), ((2, 0), (2, 4))], ""), ((4, 4), [((0, 0), (2, 4)), ((2, 0), (2, 3))], "lacks 2 of its 16"),
+    ((4, 4), [((0, 0), (2, 4)), ((2, 0), (2, 4))], ""),
+    ((4, 4), [((0, 0), (2, 4)), ((2, 0), (2, 3))], "lacks 2 of its 16"),
     ((4, 4), [((0, 0), (4, 2)), ((0, 1), (4, 2))], "overlap"), ((4,), [((-1,), (4,))], "does not lie"),
     ((4,), [((0,), (0,))], "does not lie"), ((), [((), ())], ""), ((4,), [], "lacks 4 of its 4"),
 ])
@@ -293,5 +211,6 @@ def test_blocks_cover_a_tensor_once(shape: tuple[int, ...], blocks: list[Any], m
 
 def test_a_record_that_is_not_json_is_refused_on_all(tmp_path: Path) -> None:
     """Only the first process knows the record; the others must not wait for it."""
-    results = on_all(2, lambda peers: CheckpointStore(tmp_path).save(5, pieces(5, peers.rank, 2), {"x": float("nan")}, peers))
+    results = on_all(2, lambda peers: CheckpointStore(tmp_path).save(
+        5, pieces(5, peers.rank, 2), {"x": float("nan")}, peers))
     assert all(isinstance(error, CheckpointError) and "NaN" in str(error) for error in results), results
