@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from megatron_ttl.config.load import load_settings
     from megatron_ttl.errors import UserError
-    from megatron_ttl.runtime import discover_ranks
+    from megatron_ttl.runtime import discover_ranks, find_meeting_place
     from megatron_ttl.train.stop import StopRequest
 
     ranks = discover_ranks()
@@ -36,12 +36,14 @@ def main(argv: list[str] | None = None) -> int:
             from megatron_ttl.plan.forecast import dry_run, print_forecast
 
             world_size = ranks.world_size if arguments.world_size is None else arguments.world_size
-            print_forecast(dry_run(arguments.deepspeed_config, arguments.config, arguments.overrides, world_size),
-                           arguments.json)
+            forecast = dry_run(arguments.deepspeed_config, arguments.config, arguments.overrides, world_size)
+            if ranks.is_first:
+                print_forecast(forecast, arguments.json)
             return 0
         settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
         if ranks.is_first and arguments.config == DEFAULT_CONFIG:
             print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
+        ranks = find_meeting_place(ranks)
         with StopRequest(speaks=ranks.is_first) as stop:  # before the slow imports: a signal then must not be lost
             from megatron_ttl.train.loop import pretrain
 

@@ -7,9 +7,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from megatron_ttl.errors import ExitCode, UserError
+from megatron_ttl.runtime import output_is_forwarded
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
@@ -47,10 +48,15 @@ def print_result(result: dict[str, Any], as_json: bool, title: str = "") -> None
         print_table(("", ""), [(key, value) for key, value in result.items()], title=title)
 
 
+def on_terminal(stream: IO[str]) -> bool:
+    """Return whether a person looks at the stream, and a bar that moves can be drawn there."""
+    return stream.isatty() and not output_is_forwarded()
+
+
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
     """Print aligned columns: with rules on a terminal, as plain text elsewhere."""
     text_rows = [[_cell(value) for value in row] for row in rows]
-    if sys.stdout.isatty():
+    if on_terminal(sys.stdout):
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
@@ -86,7 +92,7 @@ def progress(label: str, total: float | None, unit: str = "") -> Iterator[Callab
 
     A bar with ETA on a terminal; one plain line every ten seconds on standard error elsewhere.
     """
-    if sys.stderr.isatty():
+    if on_terminal(sys.stderr):
         from rich import progress as rp
         from rich.console import Console
 

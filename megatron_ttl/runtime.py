@@ -5,14 +5,16 @@ The only reader of RANK and its relatives; everything else is told.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import random
 import socket
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_ttl.errors import ConfigError
@@ -47,7 +49,7 @@ def discover_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
     """Read the launcher's variables: torchrun's and deepspeed's, Open MPI's, or Slurm's; alone without any.
 
     Raises:
-        ConfigError: several processes, but no address where they could meet; or words where numbers must be.
+        ConfigError: words where numbers must be; or prterun, which tells a process too little, and no mpi4py.
     """
     env = os.environ if environment is None else environment
     for name, rank_key, world_key, local_key, _ in _LAUNCHERS:
@@ -60,18 +62,31 @@ def discover_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
         except ValueError:
             raise ConfigError(f"environment: {rank_key}={env[rank_key]!r}, {world_key}={env[world_key]!r}; "
                               f"they must be whole numbers; start again through {name}") from None
-        address = env.get("MASTER_ADDR")
-        if world > 1 and address is None and name == "Open MPI":
-            address, port = _meet_by_mpi(world)
-        elif world > 1 and address is None:
-            raise ConfigError(f"environment: {world} processes started by {name} and no MASTER_ADDR; they must know "
-                              "where to meet; export MASTER_ADDR=<host of rank 0> (see examples/slurm)")
-        return Ranks(rank, world, local, address, port, name)
+        return Ranks(rank, world, local, env.get("MASTER_ADDR"), port, name)
+    if "PRTE_LAUNCHED" in env and "PMIX_RANK" in env:  # prterun, what is below mpirun: no word of how many there are
+        return _ask_mpi("prterun")
     return Ranks()
 
 
-def _meet_by_mpi(world: int) -> tuple[str, int]:
-    """Let the first process tell the others, through MPI, an address of its machine and a port that is free there.
+def find_meeting_place(ranks: Ranks) -> Ranks:
+    """Return the ranks with an address where they can meet: the launcher's, or one agreed on through MPI.
+
+    Every process must call.
+
+    Raises:
+        ConfigError: there are several processes and no such address.
+    """
+    if ranks.world_size == 1 or ranks.master_address is not None:
+        return ranks
+    if ranks.launcher != "Open MPI":
+        raise ConfigError(f"environment: {ranks.world_size} processes started by {ranks.launcher} and no MASTER_ADDR; "
+                          "they must know where to meet; export MASTER_ADDR=<host of rank 0> (see examples/slurm)")
+    agreed = _ask_mpi(ranks.launcher)
+    return replace(ranks, master_address=agreed.master_address, master_port=agreed.master_port)
+
+
+def _ask_mpi(launcher: str) -> Ranks:
+    """Let MPI say who this process is, and the first one tell an address of its machine and a port that is free there.
 
     MPI is used for nothing else; DeepSpeed's own discovery would take the first address that `hostname -I` prints and
     always the same port.
@@ -79,20 +94,17 @@ def _meet_by_mpi(world: int) -> tuple[str, int]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ConfigError(f"environment: {world} processes started by Open MPI, no MASTER_ADDR, and mpi4py cannot be "
-                          f"used ({error}); they must know where to meet; pip install 'megatron_ttl[mpi]', or export "
-                          "MASTER_ADDR=<host of rank 0> with mpirun -x MASTER_ADDR") from None
-    communicator = MPI.COMM_WORLD
-    found = None
-    if communicator.Get_rank() == 0:
-        one_machine = communicator.Get_size() == communicator.Split_type(MPI.COMM_TYPE_SHARED).Get_size()
-        found = ["127.0.0.1" if one_machine else socket.gethostname(), free_port()]
-    else:
-        communicator.Split_type(MPI.COMM_TYPE_SHARED)
-    address, port = json.loads(_broadcast_text(communicator, json.dumps(found)))
+        raise ConfigError(f"environment: several processes started by {launcher}, no MASTER_ADDR, and mpi4py cannot be "
+                          f"used ({error}); they must know where to meet; pip install 'megatron_ttl[mpi]', or mpirun -x "
+                          "MASTER_ADDR=<host of rank 0>") from None
+    everywhere = MPI.COMM_WORLD
+    here = everywhere.Split_type(MPI.COMM_TYPE_SHARED)
+    rank, world, local = everywhere.Get_rank(), everywhere.Get_size(), here.Get_rank()
+    found = ["127.0.0.1" if here.Get_size() == world else socket.gethostname(), free_port()] if rank == 0 else None
+    address, port = json.loads(_broadcast_text(everywhere, json.dumps(found)))
     # Finalised here: at the exit it would wait for processes that a crash has ended.
     MPI.Finalize()
-    return address, port
+    return Ranks(rank, world, local, address, port, launcher)
 
 
 def free_port() -> int:
@@ -119,6 +131,26 @@ def announce_ranks(ranks: Ranks) -> None:
     """Put the ranks into the environment in torchrun's words, where DeepSpeed looks for them."""
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank),
                       MASTER_ADDR=ranks.master_address or "127.0.0.1", MASTER_PORT=str(ranks.master_port or 29511))
+
+
+def output_is_forwarded() -> bool:
+    """Return whether mpirun stands between this process and the reader.
+
+    It gives its processes a terminal of their own even where all they print goes into a file.
+    """
+    return "PRTE_LAUNCHED" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
+
+
+def leave_word(message: str, traceback: str) -> None:
+    """Tell torchrun, if it is there, why this process fails: its summary ends with that.
+
+    Without a word it names the process that it saw end first, and prints the address of a manual.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        word = {"message": message, "extraInfo": {"py_callstack": traceback, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as handle:
+            json.dump({"message": word}, handle)
 
 
 def describe_process() -> str:

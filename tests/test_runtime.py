@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from megatron_ttl.errors import ConfigError
-from megatron_ttl.runtime import discover_ranks
+from megatron_ttl.runtime import discover_ranks, find_meeting_place, output_is_forwarded
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "12345"}
 
@@ -35,4 +37,31 @@ def test_every_launcher_is_understood(environment, expected):
 def test_contradictory_surroundings_are_named(environment, message):
     """One sentence instead of a hang."""
     with pytest.raises(ConfigError, match=message):
-        discover_ranks(environment)
+        find_meeting_place(discover_ranks(environment))
+
+
+def test_a_dry_run_needs_no_meeting_place():
+    """Who one is can be said without an address; where to meet is asked only by those that go there."""
+    ranks = discover_ranks({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})
+    assert (ranks.rank, ranks.world_size, ranks.master_address) == (1, 2, None)
+    assert find_meeting_place(discover_ranks({})).world_size == 1
+
+
+def test_without_mpi4py_mpirun_needs_an_address(monkeypatch):
+    """Also prterun, whose processes cannot know how many they are."""
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    started = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    with pytest.raises(ConfigError, match="several processes started by Open MPI, no MASTER_ADDR, and mpi4py cannot be "
+                                          "used .*; they must know where to meet; pip install"):
+        find_meeting_place(discover_ranks(started))
+    with pytest.raises(ConfigError, match="several processes started by prterun"):
+        discover_ranks({"PRTE_LAUNCHED": "1", "PMIX_RANK": "0"})
+
+
+def test_the_terminal_of_mpirun_is_no_persons(monkeypatch):
+    """It gives each process a pseudo terminal and writes what they print into a file."""
+    monkeypatch.delenv("PRTE_LAUNCHED", raising=False)
+    monkeypatch.delenv("OMPI_COMM_WORLD_RANK", raising=False)
+    assert not output_is_forwarded()
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert output_is_forwarded()

@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from megatron_ttl.console import print_faults
-from megatron_ttl.errors import ExitCode, UserError
+from megatron_ttl.errors import ConfigError, ExitCode, UserError
 from megatron_ttl.parallel.mesh import Mesh
-from megatron_ttl.runtime import describe_process
+from megatron_ttl.runtime import Ranks, describe_process, leave_word
+
+# Launchers look after their processes once a second at most, name the one that they find dead, and leave with its code.
+_SEEN_BY_LAUNCHER_S = 1.5
+_LOST_PEER = re.compile(r"connection (was )?(closed|reset|likely closed)|broken pipe|remote process", re.IGNORECASE)
+
+
+@contextmanager
+def waiting_for_peers(ranks: Ranks, asked_to_stop: bool = False) -> Iterator[None]:
+    """Name whoever fails before the processes have met, and let SIGTERM end those that wait for it in vain.
+
+    Afterwards SIGTERM asks for a checkpoint; here there is nothing to keep, and Python's handlers are not called while
+    torch waits.
+
+    Raises:
+        ConfigError: the port where they would meet is taken.
+    """
+    alone, previous = ranks.world_size == 1, signal.getsignal(signal.SIGTERM)
+    try:
+        if not alone and not asked_to_stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(f"environment: port {ranks.master_port} of {ranks.master_address} is taken; the processes "
+                              "meet there and it must be free; choose another: --master_port of torchrun and deepspeed, "
+                              "or export MASTER_PORT") from None
+        if alone:
+            raise
+        _tell(ranks.rank, ranks.world_size, error)
+        sys.exit(int(ExitCode.FAILED))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
@@ -20,26 +57,46 @@ def told_once(mesh: Mesh) -> Iterator[None]:
     """End the process at once when what is inside fails and there are several; alone, let the error go its way."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if mesh.world_size > 1:
             _leave(mesh, error)
         raise
 
 
 def _leave(mesh: Mesh, error: BaseException) -> NoReturn:
-    """Say what went wrong if this process is the first to fail, and end at once.
+    """Say what went wrong if this process is the first to fail, and end.
 
     The others fail a moment later, when they find their connections closed; what they would say of it is no reason, so
-    they are silent. Nothing is closed in good order, for that would wait for peers that no longer answer.
+    they are silent, and end after the first. Nothing is closed in good order, for that would wait for peers that no
+    longer answer.
     """
     code = error.exit_code if isinstance(error, UserError) else ExitCode.FAILED
-    if mesh.first_to_fail():
-        sys.stdout.flush()
+    lost_peer = isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+    sys.stdout.flush()
+    sys.stderr.flush()
+    heard = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where torch's C++ prints how it lost its store
+    first = mesh.first_to_fail()
+    if first:
+        os.dup2(heard, 2)
         if isinstance(error, UserError):
             print_faults(error)
+        elif lost_peer:
+            # Whoever fails says so before its connections are closed: this one had no time to.
+            print(f"rank {mesh.rank} of {mesh.world_size} ({describe_process()}) lost another process, which ended "
+                  "without a word: killed from outside, for want of memory for instance, or the network failed "
+                  f"({str(error).splitlines()[0]})", file=sys.stderr)
         else:
-            reason = "".join(traceback.format_exception(error))
-            print(f"rank {mesh.rank} of {mesh.world_size} ({describe_process()}) failed:\n{reason}", end="",
-                  file=sys.stderr)
+            _tell(mesh.rank, mesh.world_size, error)
         sys.stderr.flush()
+    if lost_peer or not first:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_SEEN_BY_LAUNCHER_S)
     os._exit(int(code))
+
+
+def _tell(rank: int, world_size: int, error: BaseException) -> None:
+    """Print a traceback in one piece, so that no other process's is mixed into it."""
+    reason = "".join(traceback.format_exception(error))
+    leave_word(f"{type(error).__name__}: {error}", reason)
+    print(f"rank {rank} of {world_size} ({describe_process()}) failed:\n{reason}", end="", file=sys.stderr, flush=True)

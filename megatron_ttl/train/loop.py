@@ -20,7 +20,7 @@ from megatron_ttl.parallel.mesh import join, leave
 from megatron_ttl.parallel.replicas import replica_faults
 from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.engine import StepResult
-from megatron_ttl.train.failure import told_once
+from megatron_ttl.train.failure import told_once, waiting_for_peers
 from megatron_ttl.train.session import Session, prepare
 from megatron_ttl.train.stop import StopRequest
 from megatron_ttl.train.switches import Switches
@@ -43,7 +43,8 @@ def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest) -> ExitCode:
     Raises:
         UserError: something is missing, damaged or contradictory; found before the first step.
     """
-    mesh = join(ranks)
+    with waiting_for_peers(ranks, asked_to_stop=stop.is_set):
+        mesh = join(ranks)
     try:
         with told_once(mesh):
             session = prepare(settings, mesh)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_ttl.config.schema import RunFile
-from megatron_ttl.console import format_duration
+from megatron_ttl.console import format_duration, on_terminal
 from megatron_ttl.files import human_bytes
 from megatron_ttl.model.flops import flops_per_token
 from megatron_ttl.train.device_peaks import model_flops_utilisation, peak_flops_per_s
@@ -84,7 +84,7 @@ class Screen:
     def __init__(self, total_steps: int, stream: IO[str]) -> None:
         self._total_steps, self._stream = total_steps, stream
         self._bar: Any = None
-        if stream.isatty():
+        if on_terminal(stream):
             from rich import progress
             from rich.console import Console
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -146,13 +148,14 @@ def orphans(folder):
 
 
 @pytest.mark.parametrize(("name", "kind", "victim"), [("torchrun", "raise", 1), ("torchrun", "data", 1),
-                                                     ("torchrun", "kill", 0), ("deepspeed", "raise", 1),
+                                                     ("torchrun", "kill", 0), ("torchrun", "kill", 1),
+                                                     ("deepspeed", "raise", 0), ("deepspeed", "raise", 1),
                                                      ("mpirun", "raise", 1)])
 def test_the_first_failure_is_told_once_and_last(repository, place, name, kind, victim):
     """No traceback of those who only lost a peer; non-zero status; nobody is left behind."""
     if name == "mpirun" and not shutil.which("mpirun", path=environment()["PATH"]):
         pytest.skip("mpirun is not installed")
-    label = f"fails-{name}-{kind}"
+    label = f"fails-{name}-{kind}-{victim}"
     process = start(repository, place, label, launcher_commands()[name](), script="tests/launchers/failing_train.py",
                     front=(str(victim), kind))
     printed, code = finish(process)
@@ -161,14 +164,41 @@ def test_the_first_failure_is_told_once_and_last(repository, place, name, kind, 
     while orphans(place / label) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not orphans(place / label)
-    # What comes from the training itself; launchers add their own summary behind it.
-    ours = printed.split("torch/distributed/elastic")[0]
+    assert "\x1b" not in printed, "a progress bar where nobody looks"
     if kind == "raise":
-        assert "rank 1 of 2 (host" in printed and "ZeroDivisionError: planted" in printed, printed
-        assert ours.count("failed:\nTraceback") == 1, printed
-        assert "closed by peer" not in printed.split("ZeroDivisionError: planted")[1], printed
+        assert printed.count(f"rank {victim} of 2 (host") == printed.count("failed:\nTraceback") == 1, printed
+        # What comes from the training itself; launchers add their own summary behind it.
+        after = printed.split("ZeroDivisionError: planted")[1].split("torch/distributed/elastic")[0]
+        assert "closed by peer" not in printed and "Traceback" not in after and "Warning" not in after, printed
     elif kind == "data":
         assert printed.count("data/x.bin: is cut short; it must be whole; copy it again") == 1
         assert "failed:\nTraceback" not in printed, printed
     else:
-        assert ours.count("failed:\nTraceback") <= 1, printed
+        assert printed.count("lost another process, which ended without a word") == 1, printed
+        assert f"rank {1 - victim} of 2 (host" in printed and "failed:\nTraceback" not in printed, printed
+    if name == "torchrun":
+        cause = printed.split("Root Cause")[1]
+        assert f"rank      : {victim} " in cause, printed
+        assert kind != "raise" or "ZeroDivisionError: planted" in cause, printed
+
+
+def test_a_port_that_is_taken_is_named(repository, place):
+    """Before the processes have met nobody can count who fails first; the one that knows the reason gives it."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        process = start(repository, place, "port", [sys.executable], RANK="0", WORLD_SIZE="2", LOCAL_RANK="0",
+                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        printed, code = finish(process)
+    assert code == 2 and "Traceback" not in printed, printed
+    assert f"port {port} of 127.0.0.1 is taken; the processes meet there and it must be free" in printed
+
+
+def test_sigterm_ends_a_process_that_waits_for_others(repository, place):
+    """There is nothing to keep yet, and whoever asks for the end does not wait half an hour."""
+    process = start(repository, place, "waits", [sys.executable], RANK="0", WORLD_SIZE="2", LOCAL_RANK="0",
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    time.sleep(12)  # torch and DeepSpeed are imported
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    finish(process)
+    assert time.monotonic() - began < 5
