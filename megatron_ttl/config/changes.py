@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from megatron_ttl.config.describe import show
@@ -16,7 +17,8 @@ def forbidden_changes(stored: dict[str, Any], now: RunFile) -> list[str]:
     `stored` is what `RunFile.model_dump(mode="json")` gave then. Cadences, logging, energy, checkpoints and
     evaluation may change.
     """
-    before, after = _flat(stored), _flat(now.model_dump(mode="json"))
+    before = _flat(RunFile.model_validate_json(json.dumps(stored)).model_dump(mode="json"))  # newer keys: their defaults
+    after = _flat(now.model_dump(mode="json"))
     faults = []
     for key in sorted(before.keys() | after.keys()):
         if not any(key == fixed or key.startswith(fixed + ".") for fixed in _FIXED):

@@ -93,6 +93,25 @@ class ParallelConfig(Section):
     """Compare the copies of weights by checksum after every so many steps and before every save; null: never."""
 
 
+class WatchdogConfig(Section):
+    """When a run that no longer moves is ended, status 70, with the stacks of all processes; null: never."""
+
+    set_up_s: float | None = Field(default=1800, gt=0)
+    """Seconds from the start to the first step, and from the last one to the end."""
+    step_s: float | None = Field(default=1800, gt=0)
+    """Seconds of one micro batch with its data; with a pipeline of one step."""
+    save_s: float | None = Field(default=1800, gt=0)
+    """Seconds that the training waits for a checkpoint."""
+    evaluate_s: float | None = Field(default=1800, gt=0)
+    """Seconds of one batch of held-out text."""
+
+    @property
+    def longest_s(self) -> float:
+        """The longest limit: collectives wait a little longer, so that the watchdog speaks first."""
+        limits = (self.set_up_s, self.step_s, self.save_s, self.evaluate_s)
+        return 30 * 86_400 if None in limits else max(limit for limit in limits if limit is not None)
+
+
 class DeepSpeedProfile(Section):
     """The keys of the DeepSpeed JSON that we honour: what changes speed and memory, never the loss curve."""
 
@@ -109,6 +128,7 @@ class DeepSpeedProfile(Section):
     wall_clock_breakdown: bool = False
     """Time the parts of a step; it waits for the device, so the run is slower."""
     parallel: ParallelConfig | None = None
+    watchdog: WatchdogConfig | None = None
 
     @property
     def precision(self) -> Literal["bf16", "fp16", "fp32"]:
@@ -121,6 +141,11 @@ class DeepSpeedProfile(Section):
     def cut(self) -> ParallelConfig:
         """The degrees, given or not."""
         return self.parallel or ParallelConfig()
+
+    @property
+    def time_limits(self) -> WatchdogConfig:
+        """When a run that hangs is ended, given or not."""
+        return self.watchdog or WatchdogConfig()
 
 
 _AUTO = "absent or \"auto\""

@@ -90,6 +90,8 @@ class TrainConfig(Section):
     """Length of the run in tokens; a multiple of tokens_per_step."""
     gradient_clipping: float = Field(default=0.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    max_nonfinite_steps: int = Field(default=3, gt=0)
+    """The run ends with so many steps in a row whose gradient is not finite; each of them moves no weight."""
 
 
 class OptimizerConfig(Section):
@@ -148,6 +150,8 @@ class CheckpointConfig(Section):
     """The newest so many stay."""
     keep_every_steps: int | None = Field(default=None, gt=0)
     """Those whose step is a multiple of this stay for good; absent: none."""
+    asynchronous: bool = True
+    """Write behind the training, from a copy in host memory: 12 bytes per parameter over all data-parallel ranks."""
 
 
 class LogConfig(Section):
@@ -155,6 +159,8 @@ class LogConfig(Section):
 
     every_steps: int = Field(default=10, gt=0)
     """One line and one row of metrics after every so many steps."""
+    spike_sigmas: float | None = Field(default=6.0, gt=0)
+    """Name a step whose loss is so many standard deviations above the mean of the 128 before it; never acted on."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Mirror to Weights & Biases; offline needs no network and is uploaded later with `wandb sync`."""
     wandb_project: str = "megatron_ttl"

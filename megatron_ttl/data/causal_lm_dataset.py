@@ -114,6 +114,25 @@ class CausalLMDataset:
             labels[row] = tokens[1:]
         return input_ids, labels
 
+    def documents(self, numbers: Sequence[int]) -> dict[str, list[list[int]]]:
+        """Return for each prefix the documents that samples read from: ranges of numbers, first and last, ascending."""
+        sources, _, windows = self.locate_many(np.asarray(numbers, dtype=np.int64))
+        found: dict[str, list[list[int]]] = {}
+        for source in np.unique(sources).tolist():
+            dataset = self.datasets[source]
+            begins = np.sort(windows[sources == source]) * self.sequence_length
+            ends = dataset.document_ends()
+            firsts = np.searchsorted(ends, begins, side="right")
+            lasts = np.searchsorted(ends, begins + self.sequence_length, side="right")  # of the last label
+            ranges: list[list[int]] = []
+            for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+                if ranges and first <= ranges[-1][1] + 1:
+                    ranges[-1][1] = max(ranges[-1][1], last)
+                else:
+                    ranges.append([first, last])
+            found[dataset.prefix] = ranges
+        return found
+
     def samples_drawn(self, consumed_samples: int) -> list[int]:
         """Return how many of the first `consumed_samples` samples came from each source."""
         return self._mixture.counts(consumed_samples)

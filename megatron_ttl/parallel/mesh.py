@@ -95,17 +95,15 @@ class Mesh:
 
     def gather_text(self, text: str) -> list[str]:
         """Return every process's text, by rank, on every process."""
-        if self.world_size == 1:
-            return [text]
-        mine = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
-        sizes = torch.zeros(self.world_size, dtype=torch.int64)
-        sizes[self.rank] = len(text.encode())
-        dist.all_reduce(sizes)
-        padded = torch.zeros(max(1, int(sizes.max())), dtype=torch.uint8)
-        padded[: len(mine)] = mine
-        found = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(found, padded)
-        return [bytes(part[:size].tolist()).decode() for part, size in zip(found, sizes.tolist(), strict=True)]
+        return _gather_text(text, self.rank, self.world_size, None)
+
+    def background(self) -> BackgroundPeers:
+        """Return the same processes with connections of their own, for one thread beside the training.
+
+        Every process must call, for a process group is made.
+        """
+        group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        return BackgroundPeers(self.rank, self.world_size, group)
 
     def first_to_fail(self) -> bool:
         """Tell the others that this process fails; return whether none did before."""
@@ -126,6 +124,33 @@ class Mesh:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its topology
             grid = PipelineParallelGrid(PipeModelDataParallelTopology(pipeline, tensor, layout.data))
         return replace(self, layout=layout, grid=grid)
+
+
+@dataclass(frozen=True)
+class BackgroundPeers:
+    """What a background thread needs to agree with those of the other processes, whatever the training does meanwhile."""
+
+    rank: int
+    world_size: int
+    group: Any = field(repr=False)
+
+    def gather_text(self, text: str) -> list[str]:
+        """Return every process's text, by rank, on every process."""
+        return _gather_text(text, self.rank, self.world_size, self.group)
+
+
+def _gather_text(text: str, rank: int, world_size: int, group: Any) -> list[str]:
+    if world_size == 1:
+        return [text]
+    mine = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+    sizes = torch.zeros(world_size, dtype=torch.int64)
+    sizes[rank] = len(text.encode())
+    dist.all_reduce(sizes, group=group)
+    padded = torch.zeros(max(1, int(sizes.max())), dtype=torch.uint8)
+    padded[: len(mine)] = mine
+    found = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(found, padded, group=group)
+    return [bytes(part[:size].tolist()).decode() for part, size in zip(found, sizes.tolist(), strict=True)]
 
 
 def join(ranks: Ranks, timeout_s: float = 1800.0, rendezvous: str | None = None) -> Mesh:

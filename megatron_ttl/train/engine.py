@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +36,7 @@ class StepResult:
     grad_norm: Tensor | float
     """Global norm of the gradient, before clipping."""
     skipped: bool = False
-    """fp16 alone: the scaled gradients overflowed, so the scale was lowered and no weight moved."""
+    """The gradient was not finite on some process, so no weight moved on any; in fp16 the scale was lowered as well."""
 
 
 class Engine:
@@ -51,11 +53,13 @@ class Engine:
             recompute: what blocks forget and compute again.
         """
         self.mesh = mesh
+        self.beat: Callable[[], None] = lambda: None  # called before every micro batch: this process moves
         self.accumulation = deepspeed_settings["gradient_accumulation_steps"]
         self._vocab_size = run.model.vocab_size
         self._tensor_parallel = tensor_parallel_of(mesh)
         self._scale = 1.0
         self._grad_norm: Tensor | None = None
+        self._stage = deepspeed_settings["zero_optimization"]["stage"]
         self._fp16 = bool(deepspeed_settings.get("fp16", {}).get("enabled"))
         if not self._fp16 and not deepspeed_settings.get("bf16", {}).get("enabled"):
             torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
@@ -65,7 +69,7 @@ class Engine:
         offload = "offload_optimizer" in deepspeed_settings["zero_optimization"]
         self.optimizer = build_optimizer(self.decay_groups, run.optimizer, mesh.device, offload)
         settings = dict(deepspeed_settings)
-        if settings["zero_optimization"]["stage"] == 0:
+        if self._stage == 0:
             # DeepSpeed does not tell the norm at stage 0, and leaves out of it what other stages and ranks hold.
             clipping, settings["gradient_clipping"] = settings["gradient_clipping"], 0.0
             self.optimizer.register_step_pre_hook(lambda *_: self._clip(clipping))
@@ -91,6 +95,7 @@ class Engine:
 
         The ranks of one data-parallel slice, which must all call with the same windows, return the same.
         """
+        self.beat()
         if self.mesh.layout.pipeline > 1:
             total = evaluate_pipeline(self.deepspeed, input_ids, labels, self._exact_loss)
             return self.mesh.sum_pipeline_parallel(total)[0]
@@ -117,16 +122,24 @@ class Engine:
             group["lr"] = lr
         if self.mesh.layout.pipeline > 1:
             # Its mean over micro batches and data parallel undoes the scale: it is the global mean.
-            loss = self.deepspeed.train_batch(iter(micro_batches))
+            loss = self.deepspeed.train_batch(self._moving(micro_batches))
         else:
             loss = self._accumulate(micro_batches)
-        skipped = self._fp16 and bool(self.deepspeed.optimizer.overflow)
-        norm = self._grad_norm if self._grad_norm is not None else self.deepspeed.get_global_grad_norm()
-        return StepResult(loss, norm, skipped)
+        if self._stage == 0:
+            assert self._grad_norm is not None
+            return StepResult(loss, self._grad_norm, not bool(self._grad_norm.isfinite()))
+        # DeepSpeed's own stages agree on it over all processes, and leave weights, moments and masters as they are.
+        skipped = bool(self.deepspeed.optimizer.overflow)
+        return StepResult(loss, math.inf if skipped else self.deepspeed.get_global_grad_norm(), skipped)
 
     def loss_scale_row(self, skipped: int) -> dict[str, float]:
         """Return what fp16 adds to a row of metrics; nothing in other precisions."""
         return {"loss_scale": float(self.deepspeed.optimizer.cur_scale), "skipped_steps": skipped} if self._fp16 else {}
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether skipped steps are how the loss scale is found, and no fault."""
+        return self._fp16
 
     @property
     def loss_scaler(self) -> dict[str, float] | None:
@@ -142,13 +155,18 @@ class Engine:
 
     def _accumulate(self, micro_batches: MicroBatches) -> Tensor:
         total = torch.zeros((), device=self.device)
-        for input_ids, labels in micro_batches:
+        for input_ids, labels in self._moving(micro_batches):
             logits = self.deepspeed(input_ids.to(self.device, non_blocking=True))
             loss = self._scaled_loss(logits, labels.to(self.device, non_blocking=True))
             self.deepspeed.backward(loss)
             self.deepspeed.step()
             total += loss.detach()
         return self.mesh.sum_tensor_data_parallel(total) / (self.accumulation * self.mesh.data_parallel_size)
+
+    def _moving(self, micro_batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
+        for micro_batch in micro_batches:
+            self.beat()
+            yield micro_batch
 
     def _scaled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return loss_sum(logits, labels, self._vocab_size, self._tensor_parallel) * self._scale
@@ -158,6 +176,9 @@ class Engine:
 
     def _clip(self, clipping: float) -> None:
         self._grad_norm = clip_gradients(self.deepspeed.module.parameters(), clipping, self.mesh)
+        if not self._grad_norm.isfinite():
+            for parameter in self.deepspeed.module.parameters():
+                parameter.grad = None  # which is how torch's optimizers leave a parameter and its moments alone
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model and free its buffers."""

@@ -16,6 +16,7 @@ from megatron_ttl.console import print_faults
 from megatron_ttl.errors import ConfigError, ExitCode, UserError
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.runtime import Ranks, describe_process, leave_word
+from megatron_ttl.train.watchdog import Watchdog
 
 # Launchers look after their processes once a second at most, name the one that they find dead, and leave with its code.
 _SEEN_BY_LAUNCHER_S = 1.5
@@ -53,17 +54,17 @@ def waiting_for_peers(ranks: Ranks, asked_to_stop: bool = False) -> Iterator[Non
 
 
 @contextmanager
-def told_once(mesh: Mesh) -> Iterator[None]:
+def told_once(mesh: Mesh, watchdog: Watchdog | None = None) -> Iterator[None]:
     """End the process at once when what is inside fails and there are several; alone, let the error go its way."""
     try:
         yield
     except (Exception, SystemExit) as error:
         if mesh.world_size > 1:
-            _leave(mesh, error)
+            _leave(mesh, error, watchdog)
         raise
 
 
-def _leave(mesh: Mesh, error: BaseException) -> NoReturn:
+def _leave(mesh: Mesh, error: BaseException, watchdog: Watchdog | None) -> NoReturn:
     """Say what went wrong if this process is the first to fail, and end.
 
     The others fail a moment later, when they find their connections closed; what they would say of it is no reason, so
@@ -89,6 +90,8 @@ def _leave(mesh: Mesh, error: BaseException) -> NoReturn:
         else:
             _tell(mesh.rank, mesh.world_size, error)
         sys.stderr.flush()
+    if lost_peer and watchdog is not None:
+        watchdog.keep_stacks()  # where it was when the other ended, perhaps because that one hung
     if lost_peer or not first:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_SEEN_BY_LAUNCHER_S)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,22 +15,20 @@ import torch
 from megatron_ttl.checkpoint.state import capture
 from megatron_ttl.config.load import Settings
 from megatron_ttl.data.sampler import StepBatches
-from megatron_ttl.errors import DiskError, ExitCode, UserError
+from megatron_ttl.errors import DiskError, ExitCode
 from megatron_ttl.evaluate.perplexity import held_out_nats
 from megatron_ttl.parallel.mesh import join, leave
 from megatron_ttl.parallel.replicas import replica_faults
 from megatron_ttl.runtime import Ranks
+from megatron_ttl.train.anomalies import DivergedError
 from megatron_ttl.train.engine import StepResult
 from megatron_ttl.train.failure import told_once, waiting_for_peers
 from megatron_ttl.train.session import Session, prepare
 from megatron_ttl.train.stop import StopRequest
 from megatron_ttl.train.switches import Switches
+from megatron_ttl.train.watchdog import Watchdog
 
-
-class DivergedError(UserError):
-    """The loss is no longer a number, or copies of a weight are no longer equal."""
-
-    exit_code = ExitCode.FAILED
+_WATCHDOG_FIRST_S = 60.0  # how much longer a collective waits than any section may last
 
 
 def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest) -> ExitCode:
@@ -43,58 +42,72 @@ def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest) -> ExitCode:
     Raises:
         UserError: something is missing, damaged or contradictory; found before the first step.
     """
-    with waiting_for_peers(ranks, asked_to_stop=stop.is_set):
-        mesh = join(ranks)
-    try:
-        with told_once(mesh):
-            session = prepare(settings, mesh)
-        with closing(session), told_once(mesh):
-            return train(session, stop)
-    finally:
-        leave()
+    limits = settings.profile.time_limits
+    with Watchdog(limits, Path(settings.run.run.dir), ranks.rank, ranks.world_size) as watchdog:
+        with waiting_for_peers(ranks, asked_to_stop=stop.is_set):
+            mesh = join(ranks, limits.longest_s + _WATCHDOG_FIRST_S)
+        try:
+            with told_once(mesh, watchdog):
+                session = prepare(settings, mesh, watchdog)
+            with closing(session), told_once(mesh, watchdog):
+                return train(session, stop)
+        finally:
+            leave()
 
 
 def train(session: Session, stop: StopRequest) -> ExitCode:
     """Take optimizer steps from the session's state to the end of the run."""
-    run, mesh, state, engine = session.run, session.mesh, session.state, session.engine
+    run, mesh, state, engine, watchdog = session.run, session.mesh, session.state, session.engine, session.watchdog
     total_steps = run.total_steps
     interval = Interval()
     switches = Switches(session.folder.path, looks=mesh.is_first)
-    with closing(_batches(session)) as batches, session.energy, session.metrics:
+    with closing(_batches(session)) as batches, session.energy, session.metrics, session.saver:
         while state.step < total_steps:
             # one step: micro batches forward and backward, gradients reduced, weights moved
-            micro_batches = next(batches)
-            lr = session.schedule.at(state.step + 1)
-            result = engine.train_step(micro_batches, lr, run.train.tokens_per_step)
-            state.advance(run)
-            interval.add(result, batches.wait_s)
-            stop_file, save_file = switches.asked()
-            asked_to_stop, asked_to_save = (votes > 0 for votes in mesh.sum(stop.is_set or stop_file, save_file))
+            with watchdog.section("step"):
+                micro_batches = next(batches)
+                lr = session.schedule.at(state.step + 1)
+                result = engine.train_step(micro_batches, lr, run.train.tokens_per_step)
+                state.advance(run, moved=not result.skipped)
+                watchdog.beat(state.step)
+                interval.add(result, batches.wait_s)
+                judge(session, result)
+                stop_file, save_file = switches.asked()
+                votes = mesh.sum(stop.is_set or stop_file, save_file, session.saver.written)
+            asked_to_stop, asked_to_save, written = votes[0] > 0, votes[1] > 0, votes[2] == mesh.world_size
             at_end = state.step == total_steps or asked_to_stop
 
+            # what was begun some steps ago is on the disk, everywhere
+            if written:
+                settle(session)
+
             # once in a while: say how it goes
+            at_cadence = state.step % run.checkpoint.every_steps == 0
+            # What skipped steps leave behind is not new, and must not push out older and perhaps better ones.
+            due = at_end or asked_to_save or (at_cadence and not session.nonfinite.in_a_row)
+            if due or state.step % run.log.every_steps == 0:
+                report_spikes(session)
             if at_end or state.step % run.log.every_steps == 0:
                 session.metrics.row(interval.row(session, lr))
                 interval = Interval()
 
             # once in a while: see that all processes still train one model
-            due = at_end or asked_to_save or state.step % run.checkpoint.every_steps == 0
             if session.replica_check_steps and (due or state.step % session.replica_check_steps == 0):
-                with interval.paused():
+                with interval.paused(), watchdog.section("step"):
                     compare_replicas(session)
 
             # once in a while, and at the end: keep it, before anything else can go wrong
             if due:
                 if interval.steps:
                     interval.mean_loss(session)
-                with interval.paused():
-                    kept = save(session, last=at_end)
+                with interval.paused(), watchdog.section("save"):
+                    kept = save(session, last=at_end, waits=asked_to_save or not run.checkpoint.asynchronous)
                 switches.honoured(asked_to_stop, kept)
 
             # once in a while, and at the end: measure on text it never saw
             cadence = run.evaluation.every_steps
             if cadence and not asked_to_stop and (at_end or state.step % cadence == 0):
-                with interval.paused():
+                with interval.paused(), watchdog.section("evaluate"):
                     session.metrics.row(evaluate(session))
 
             # asked to stop: it is kept, leave with the code that says so
@@ -117,7 +130,7 @@ class Interval:
     """What happened since the last line: sums that stay on the device until the line is due."""
 
     loss: torch.Tensor | float = 0.0
-    grad_norm: torch.Tensor | float = 0.0
+    grad_norm: torch.Tensor | float = math.nan
     norms: torch.Tensor | float = 0.0
     steps: int = 0
     skipped: int = 0
@@ -126,15 +139,15 @@ class Interval:
     paused_s: float = 0.0
 
     def add(self, result: StepResult, wait_s: float) -> None:
-        """Count one step."""
-        self.loss = self.loss + result.loss
+        """Count one step; of one that moved no weight neither loss nor norm say anything."""
         self.steps += 1
+        self.wait_s += wait_s
         if result.skipped:
-            self.skipped += 1  # its norm overflowed, which is how the loss scale is found
+            self.skipped += 1
         else:
+            self.loss = self.loss + result.loss
             self.grad_norm = result.grad_norm
             self.norms = self.norms + result.grad_norm
-        self.wait_s += wait_s
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -144,13 +157,14 @@ class Interval:
         self.paused_s += time.perf_counter() - began
 
     def mean_loss(self, session: Session) -> float:
-        """Read the mean loss so far, which waits for the device.
+        """Read the mean loss so far, which waits for the device; NaN where no step moved a weight.
 
         Raises:
-            DivergedError: it, or a gradient since the last line, is not finite. DeepSpeed skips such an update and
-                goes on; nothing of this state may be kept.
+            DivergedError: it is not finite though a weight moved; nothing of this state may be kept.
         """
-        loss = float(self.loss) / self.steps
+        if self.skipped == self.steps:
+            return math.nan
+        loss = float(self.loss) / (self.steps - self.skipped)
         for name, value in (("loss", loss), ("gradient norm", float(self.norms))):
             if not math.isfinite(value):
                 kept = session.folder.store.steps()
@@ -170,6 +184,35 @@ class Interval:
                 **session.engine.loss_scale_row(self.skipped), **session.energy_row()}
 
 
+def judge(session: Session, result: StepResult) -> None:
+    """Count a step whose gradient is not finite; alike on every process, for such a gradient reaches all of them.
+
+    Raises:
+        DivergedError: there were too many in a row.
+    """
+    step, fault = session.state.step, result.skipped and not session.engine.scales_loss
+    if not result.skipped:
+        session.spikes.observe(step, result.loss, result.grad_norm)
+    warning = session.nonfinite.count(step, fault, session.folder.store.steps() if fault else [])
+    if warning:
+        session.say(warning)
+        session.metrics.row({"event": "skip", "step": step, "tokens": session.state.consumed_tokens,
+                             **session.samples_of(step)})
+
+
+def report_spikes(session: Session) -> None:
+    """Name the steps whose loss jumped, and what they read."""
+    for spike in session.spikes.examine():
+        session.metrics.row({"event": "spike", "step": spike.step,
+                             "tokens": spike.step * session.run.train.tokens_per_step, "loss": spike.loss,
+                             "grad_norm": spike.grad_norm, "mean": spike.mean, "sigmas": spike.sigmas,
+                             **session.samples_of(spike.step)})
+        session.say(f"warning: step {spike.step}: loss {spike.loss:.4f} is {spike.sigmas:.1f} standard deviations above "
+                    f"the mean of the steps before it, {spike.mean:.4f}; gradient norm {spike.grad_norm:.2f}; "
+                    f"metrics.jsonl names its documents; --skip-steps {spike.step}-{spike.step} goes back and leaves "
+                    "them out")
+
+
 def compare_replicas(session: Session) -> None:
     """See that copies of weights on several processes are equal bit for bit.
 
@@ -184,34 +227,56 @@ def compare_replicas(session: Session) -> None:
                             *faults[:20])
 
 
-def save(session: Session, last: bool = False) -> bool:
-    """Write a checkpoint; after three failures in a row give up, for a run that cannot be kept is lost work.
+def save(session: Session, last: bool = False, waits: bool = False) -> bool:
+    """Begin to write a checkpoint, after the former one is written; training goes on meanwhile.
 
     Args:
         session: between two steps.
+        last: whether the process is about to leave: then it waits, and one failure is enough.
+        waits: whether to wait until it is on the disk.
+
+    Returns:
+        Whether this checkpoint is on the disk already.
+
+    Raises:
+        DiskError: as `settle`.
+    """
+    began = time.perf_counter()
+    if session.saver.pending:
+        settle(session)
+    pieces = capture(session.engine.deepspeed, session.run.model, session.mesh)
+    session.saver.begin(session.state.step, pieces, session.record())
+    session.saver.stall_s = time.perf_counter() - began
+    return settle(session, last) if last or waits else False
+
+
+def settle(session: Session, last: bool = False) -> bool:
+    """Wait for the checkpoint that is being written; after three failures in a row give up: such a run is lost work.
+
+    Args:
+        session: with a pending save.
         last: whether the process is about to leave: then one failure is enough.
 
     Returns:
-        Whether the checkpoint is on the disk.
+        Whether it is on the disk.
 
     Raises:
         DiskError: the third save in a row failed, or the last one did; on every process.
     """
-    state = session.state
-    pieces = capture(session.engine.deepspeed, session.run.model, session.mesh)
-    record = session.record()
-    try:
-        session.folder.store.save(state.step, pieces, record, session.mesh)
-    except DiskError as error:  # on every process, or on none
+    state, outcome = session.state, session.saver.settle()
+    if isinstance(outcome.error, DiskError):  # on every process, or on none
         state.failed_saves += 1
         if last or state.failed_saves >= 3:
-            raise
-        session.say(f"warning: {error} (save {state.failed_saves} of 3 failed; training goes on)")
+            raise outcome.error
+        session.say(f"warning: {outcome.error} (save {state.failed_saves} of 3 failed; training goes on)")
         return False
+    if outcome.error is not None:
+        raise outcome.error
     state.failed_saves = 0
-    for warning in session.folder.store.warnings:
+    for warning in outcome.warnings:
         session.say(f"warning: {warning}")
-    session.metrics.row({"event": "checkpoint", "step": state.step, "tokens": state.consumed_tokens})
+    session.metrics.row({"event": "checkpoint", "step": outcome.step, "tokens": outcome.tokens,
+                         "bytes": outcome.saved.bytes, "stall_s": outcome.stall_s, "write_s": outcome.write_s})
     return True
 
 

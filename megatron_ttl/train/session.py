@@ -21,13 +21,16 @@ from megatron_ttl.files import require_free_space
 from megatron_ttl.model.flops import BYTES_PER_PARAMETER, count_parameters
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.runtime import environment_report, seed_everything
+from megatron_ttl.train.anomalies import NonFiniteSteps, SpikeDetector
 from megatron_ttl.train.energy import EnergyMeter, carry_on
 from megatron_ttl.train.engine import Engine
 from megatron_ttl.train.metrics import MetricLogger
 from megatron_ttl.train.open_data import open_data, tokenizer_directory
 from megatron_ttl.train.row_file import trim_rows
 from megatron_ttl.train.run_folder import RunFolder
+from megatron_ttl.train.saver import Saver
 from megatron_ttl.train.schedule import Schedule
+from megatron_ttl.train.watchdog import Watchdog
 
 
 @dataclass
@@ -37,11 +40,14 @@ class TrainState:
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    updates: int = 0
+    """Steps that moved the weights; Adam corrects its moments by it."""
     failed_saves: int = 0
 
-    def advance(self, run: RunFile) -> None:
-        """Count one optimizer step."""
+    def advance(self, run: RunFile, moved: bool = True) -> None:
+        """Count one optimizer step; `moved` is false where it left the weights alone."""
         self.step += 1
+        self.updates += moved
         self.consumed_samples += run.samples_per_step
         self.consumed_tokens += run.train.tokens_per_step
 
@@ -59,8 +65,12 @@ class Session:
     engine: Engine
     energy: EnergyMeter
     metrics: MetricLogger
+    saver: Saver
+    watchdog: Watchdog
     micro_batch: int
     replica_check_steps: int | None
+    spikes: SpikeDetector
+    nonfinite: NonFiniteSteps
     state: TrainState = field(default_factory=TrainState)
 
     def say(self, line: str) -> None:
@@ -72,6 +82,12 @@ class Session:
         """Return how often each source was read so far."""
         prefixes = [source.prefix for source in self.run.data.sources]
         return dict(zip(prefixes, self.dataset.epochs(self.state.consumed_samples), strict=True))
+
+    def samples_of(self, step: int) -> dict[str, Any]:
+        """Return which samples a step of this session read, [first, after the last), and of which documents they are."""
+        first = self.state.consumed_samples - (self.state.step - step + 1) * self.run.samples_per_step
+        numbers = range(first, first + self.run.samples_per_step)
+        return {"samples": [numbers.start, numbers.stop], "documents": self.dataset.documents(numbers)}
 
     def energy_row(self) -> dict[str, Any]:
         """Return the energy of all nodes so far for a row of metrics; every process must call."""
@@ -94,10 +110,11 @@ class Session:
         """Return the small part of a checkpoint: position, totals, and what explains them; every process must call."""
         energy = self.energy.state()
         energy["energy_kwh"], energy["emissions_kg_co2e"] = self.mesh.sum(*self.energy.totals)
-        return {"step": self.state.step, "consumed_samples": self.state.consumed_samples,
+        return {"step": self.state.step, "updates": self.state.updates, "consumed_samples": self.state.consumed_samples,
                 "consumed_tokens": self.state.consumed_tokens, "epochs": self.epochs(),
                 "lr": self.schedule.at(self.state.step), "energy": energy, "order": self.dataset.record(),
                 "bos": self.dataset.datasets[0].manifest.bos, "loss_scaler": self.engine.loss_scaler,
+                "spikes": self.spikes.state(),
                 "wandb_run_id": self.metrics.wandb_run_id, "run": self.run.model_dump(mode="json"),
                 "versions": environment_report()}
 
@@ -107,8 +124,13 @@ class Session:
         self.folder.release()
 
 
-def prepare(settings: Settings, mesh: Mesh) -> Session:
+def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None) -> Session:
     """Open and check everything, build the engine, and go to where the run stands.
+
+    Args:
+        settings: from `load_settings`.
+        mesh: from `join`.
+        watchdog: running; None for none.
 
     Raises:
         UserError: with all faults of a kind; every process raises, and none is left waiting.
@@ -130,8 +152,12 @@ def prepare(settings: Settings, mesh: Mesh) -> Session:
                            wandb_run_id=carried.get("wandb_run_id"), device_name=environment_report()["device"])
     so_far = carry_on(carried.get("energy"), last_row) if mesh.is_first else None
     energy = EnergyMeter(run.energy, folder.path, measures=mesh.local_rank == 0, carried=so_far)
+    watchdog = watchdog or Watchdog()
+    engine.beat = watchdog.beat
     session = Session(run, mesh, folder, dataset, held_out, Schedule.of(run), engine, energy, metrics,
-                      profile.train_micro_batch_size_per_gpu, profile.cut.replica_check_steps)
+                      Saver(folder.store, mesh.background()), watchdog, profile.train_micro_batch_size_per_gpu,
+                      profile.cut.replica_check_steps, SpikeDetector(run.log.spike_sigmas),
+                      NonFiniteSteps(run.train.max_nonfinite_steps))
     if checkpoint is not None:
         _resume(session, checkpoint)
     _introduce(session, checkpoint)
@@ -158,8 +184,10 @@ def _claim(folder: RunFolder, mesh: Mesh) -> Checkpoint | None:
 
 def _resume(session: Session, checkpoint: Checkpoint) -> None:
     record, state = checkpoint.record, session.state
-    restore(session.engine.deepspeed, session.run.model, session.mesh, checkpoint, record["step"])
+    state.updates = record.get("updates", record["step"])  # the first releases counted no skipped steps
+    restore(session.engine.deepspeed, session.run.model, session.mesh, checkpoint, state.updates)
     session.engine.loss_scaler = record.get("loss_scaler")
+    session.spikes.load(record.get("spikes"))
     state.step = record["step"]
     state.consumed_samples = record["consumed_samples"]
     state.consumed_tokens = record["consumed_tokens"]

@@ -13,7 +13,7 @@ from tiny_session import train_here, write_data, write_settings
 from megatron_ttl.errors import ConfigError
 from megatron_ttl.testing import run_distributed
 from megatron_ttl.train import loop
-from megatron_ttl.train.loop import DivergedError
+from megatron_ttl.train.anomalies import DivergedError
 
 
 @pytest.fixture(scope="module")
