@@ -160,7 +160,7 @@ class LogConfig(Section):
     every_steps: int = Field(default=10, gt=0)
     """One line and one row of metrics after every so many steps."""
     spike_sigmas: float | None = Field(default=6.0, gt=0)
-    """Name a step whose loss is so many standard deviations above the mean of the 128 before it; never acted on."""
+    """Name a step whose loss is so many standard deviations above where the 128 before it led; never acted on."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Mirror to Weights & Biases; offline needs no network and is uploaded later with `wandb sync`."""
     wandb_project: str = "megatron_ttl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ WINDOW_STEPS = 128
 _ENOUGH_STEPS = 32
 """Fewer losses than these say nothing about how far they scatter."""
 _SMALL_RISE = 0.02
-"""Of the mean: where a loss hardly scatters any more, six standard deviations are nothing either."""
+"""Of the loss: where it hardly scatters any more, six standard deviations are nothing either."""
 _NEW_LEVEL = 16
 """So many jumps in a row are the new level."""
 
@@ -34,14 +35,17 @@ class Spike:
     step: int
     loss: float
     grad_norm: float
-    mean: float
+    expected: float
+    """Where the line through the losses before it goes."""
     sigmas: float
+    """How far above it, in standard deviations of those losses around the line."""
 
 
 class SpikeDetector:
-    """Compare each loss with those of the 128 steps before it; jumps are not counted among them.
+    """Compare each loss with the line through those of the 128 steps before it; jumps are not counted among them.
 
-    Losses stay on their device until `examine` looks at all of them at once, so that no step waits for it.
+    A line, for in the first thousands of steps the fall within a window is larger than the noise. Losses stay on their
+    device until `examine` looks at all of them at once, so that no step waits for it.
 
     Source of the rule: OLMo's step skipping (6 standard deviations over 128 steps), which we report and never act on.
     """
@@ -75,14 +79,13 @@ class SpikeDetector:
         if not math.isfinite(loss):
             return None
         if len(self._losses) >= _ENOUGH_STEPS and self._sigmas is not None:
-            mean = math.fsum(self._losses) / len(self._losses)
-            deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in self._losses) / len(self._losses))
-            if loss - mean > max(self._sigmas * deviation, _SMALL_RISE * abs(mean)):
+            expected, deviation = _extrapolate(self._losses)
+            if loss - expected > max(self._sigmas * deviation, _SMALL_RISE * abs(expected)):
                 self._jumps.append(loss)
                 if len(self._jumps) == _NEW_LEVEL:
                     self._losses = deque(self._jumps, WINDOW_STEPS)
                     self._jumps = []
-                return Spike(step, loss, float(grad_norm), mean, (loss - mean) / deviation if deviation else math.inf)
+                return Spike(step, loss, float(grad_norm), expected, (loss - expected) / max(deviation, 1e-12))
         self._jumps = []
         self._losses.append(loss)
         return None
@@ -96,6 +99,15 @@ class SpikeDetector:
         """Go on from a state."""
         self._losses = deque((state or {}).get("losses", ()), WINDOW_STEPS)
         self._jumps = list((state or {}).get("jumps", ()))
+
+
+def _extrapolate(losses: Sequence[float]) -> tuple[float, float]:
+    """Fit a line by least squares; return its next value, and the standard deviation around it."""
+    count = len(losses)
+    middle, mean = (count - 1) / 2, math.fsum(losses) / count
+    slope = math.fsum((x - middle) * y for x, y in enumerate(losses)) / (count * (count * count - 1) / 12)
+    residuals = math.fsum((y - mean - slope * (x - middle)) ** 2 for x, y in enumerate(losses))
+    return mean + slope * (count - middle), math.sqrt(residuals / count)
 
 
 class NonFiniteSteps:

@@ -27,8 +27,6 @@ def main(argv: list[str]) -> None:
     """Watch until the process ends."""
     process, beats, requests, stacks = map(int, argv[:4])
     path, who = argv[4:]
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # what asks the training to stop is sent to all of its family
     section, limit, doing = "set-up", 0.0, ""
     waited, rest = 0.0, b""
     while os.getppid() == process:

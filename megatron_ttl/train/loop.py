@@ -205,10 +205,10 @@ def report_spikes(session: Session) -> None:
     for spike in session.spikes.examine():
         session.metrics.row({"event": "spike", "step": spike.step,
                              "tokens": spike.step * session.run.train.tokens_per_step, "loss": spike.loss,
-                             "grad_norm": spike.grad_norm, "mean": spike.mean, "sigmas": spike.sigmas,
+                             "grad_norm": spike.grad_norm, "expected": spike.expected, "sigmas": spike.sigmas,
                              **session.samples_of(spike.step)})
         session.say(f"warning: step {spike.step}: loss {spike.loss:.4f} is {spike.sigmas:.1f} standard deviations above "
-                    f"the mean of the steps before it, {spike.mean:.4f}; gradient norm {spike.grad_norm:.2f}; "
+                    f"{spike.expected:.4f}, where the steps before it led; gradient norm {spike.grad_norm:.2f}; "
                     f"metrics.jsonl names its documents; --skip-steps {spike.step}-{spike.step} goes back and leaves "
                     "them out")
 

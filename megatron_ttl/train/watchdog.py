@@ -22,6 +22,7 @@ from megatron_ttl.train import guardian
 
 _LIMITS = {"set-up": "set_up_s", "step": "step_s", "save": "save_s", "evaluate": "evaluate_s"}
 _CLOSE_WAIT_S = 5.0
+_NOT_FOR_IT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Watchdog:
@@ -66,9 +67,12 @@ class Watchdog:
         inherited = (received, asked, self._stacks.fileno())
         command = [sys.executable, "-I", guardian.__file__, str(os.getpid()), *map(str, inherited),
                    str(self.stacks_path), self._who]
+        # What asks the training to stop is sent to all of its family; from its first moment it must not hear it.
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_IT)
         try:
             self._guardian = subprocess.Popen(command, pass_fds=inherited, stdin=subprocess.DEVNULL)
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
             os.close(received)
             os.close(asked)
         word = f"watchdog: {self._who} hung; its stacks are in {self.stacks_path}"
