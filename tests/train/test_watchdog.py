@@ -58,7 +58,8 @@ def test_a_process_that_hangs_is_ended(tmp_path):
     running = {name: start(tmp_path / name.replace(" ", "-"), hang) for name, hang in HANGS.items()}
     for name, process in running.items():
         guardian = int(process.stdout.readline().split()[1])
-        _, said = process.communicate()
+        said = process.stderr.read()
+        process.wait()
         assert time.monotonic() - began < 2 + 1 + 10, name
         assert process.returncode == (-signal.SIGKILL if name == "lock held" else 70), (name, said)
         assert "rank 3 of 4" in said and "section 'step' after step 41 has not moved for 1 s" in said, (name, said)
@@ -75,8 +76,8 @@ def test_a_process_that_moves_is_left_alone(tmp_path):
         "\n            with watchdog.section('evaluate'): time.sleep(2.5)")]
     for process in running:
         guardian = int(process.stdout.readline().split()[1])
-        printed, said = process.communicate()
-        assert (process.returncode, printed.strip(), said) == (0, "end", "")
+        printed, said = process.stdout.read(), process.stderr.read()
+        assert (process.wait(), printed.strip(), said) == (0, "end", "")
         assert gone(guardian)
     assert not (tmp_path / "stacks").exists()
 
