@@ -163,7 +163,7 @@ def allowance_faults(names: Iterable[str]) -> list[tuple[str, str]]:
         if without_indices(name) in CONTENT_KEYS or without_indices(name).startswith("data.sources"):
             covered = [rule_of(name) or _UNCLASSIFIED]
         if not covered:
-            near = nearest_keys(name, known)
+            near = nearest_keys(name.partition("=")[0], known)
             faults.append((name, "is no setting; must be a key, or a section, of the run file or of the DeepSpeed JSON; "
                            + (did_you_mean(near) if near else "e.g. optimizer.lr or optimizer")))
         elif all(verdict == "forbidden" for verdict, _ in covered):
