@@ -17,9 +17,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="machine profile (configs/cpu.json)")
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="TOML", help="run file (default: %(default)s)")
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY",
+                        help="go on although this key or section (optimizer.lr, optimizer) was changed; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="report every fault and the plan; touch no device")
-    parser.add_argument("--world-size", type=int, default=None, metavar="N",
-                        help="with --dry-run: the number of processes (GPUs) to plan for (default: 1)")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: processes to plan for (default: 1)")
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run file, in TOML")
@@ -30,29 +31,26 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_ttl.runtime import discover_ranks, find_meeting_place
     from megatron_ttl.train.stop import StopRequest
 
-    ranks = discover_ranks()
+    ranks, files = discover_ranks(), (arguments.deepspeed_config, arguments.config, arguments.overrides)
     try:
         if arguments.dry_run:
             from megatron_ttl.plan.forecast import dry_run, print_forecast
-
             world_size = ranks.world_size if arguments.world_size is None else arguments.world_size
-            forecast = dry_run(arguments.deepspeed_config, arguments.config, arguments.overrides, world_size)
+            plan = dry_run(*files, world_size, arguments.allow_change)
             if ranks.is_first:
-                print_forecast(forecast, arguments.json)
+                print_forecast(plan, arguments.json)
             return 0
-        settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
+        settings = load_settings(*files, arguments.allow_change)
         if ranks.is_first and arguments.config == DEFAULT_CONFIG:
             print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
         ranks = find_meeting_place(ranks)
         with StopRequest(speaks=ranks.is_first) as stop:  # before the slow imports: a signal then must not be lost
             from megatron_ttl.train.loop import pretrain
-
             return int(pretrain(settings, ranks, stop))
     except UserError as error:
         if ranks.local_rank == 0:  # one process per machine says it for all
             raise
-        # torchrun ends all processes when the first one leaves: give the speaker time to be heard.
-        time.sleep(2)
+        time.sleep(2)  # torchrun ends all processes when the first one leaves: give the speaker time to be heard
         return int(error.exit_code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -26,6 +27,12 @@ def nearest_multiples(value: int, of: int) -> str:
     return f"{below:,} or {below + of:,}" if below else f"{of:,}"
 
 
+def divisors(number: int) -> list[int]:
+    """Return the divisors in ascending order; quick for any number that a setting may have."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})
+
+
 def _head_sizes(run: RunFile) -> Iterator[Fault]:
     model = run.model
     hidden, heads = model.hidden_size, model.num_attention_heads
@@ -41,9 +48,9 @@ def _head_sizes(run: RunFile) -> Iterator[Fault]:
 def _key_value_heads(run: RunFile) -> Iterator[Fault]:
     heads, kv_heads = run.model.num_attention_heads, run.model.num_key_value_heads
     if heads % kv_heads:
-        divisors = ", ".join(str(k) for k in range(1, heads + 1) if heads % k == 0)
+        fitting = ", ".join(f"{k:,}" for k in divisors(heads))
         yield ("model.num_key_value_heads", f"{heads:,} query heads cannot share {kv_heads:,}; must divide "
-               f"num_attention_heads; set it to one of {divisors}")
+               f"num_attention_heads; set it to one of {fitting}")
 
 
 def _tied(run: RunFile) -> Iterator[Fault]:
@@ -277,7 +284,7 @@ def accumulation_fault(tokens_per_step: int, sequence_length: int, micro_batch: 
         do = f"use a number of processes that divides {samples:,} samples"
     else:
         per_rank = samples // data_parallel_size
-        fitting = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
+        fitting = divisors(per_rank)
         near = sorted(sorted(fitting, key=lambda m: abs(m - micro_batch))[:2])
         do = f"set train_micro_batch_size_per_gpu to {' or '.join(f'{m:,}' for m in near)}"
     multiples = nearest_multiples(tokens_per_step, passes * sequence_length)

@@ -35,15 +35,15 @@ class ZeroConfig(Section):
     """Copy gradients into one buffer as they appear."""
     reduce_scatter: bool | None = None
     """Stage 3: reduce-scatter instead of all-reduce; DeepSpeed 0.19.8 all-reduces at stages 1 and 2 either way."""
-    reduce_bucket_size: int | None = Field(default=None, gt=0)
+    reduce_bucket_size: int | None = Field(default=None, gt=0, le=2**40)
     """Elements reduced at a time."""
-    allgather_bucket_size: int | None = Field(default=None, gt=0)
+    allgather_bucket_size: int | None = Field(default=None, gt=0, le=2**40)
     """Elements gathered at a time."""
-    stage3_prefetch_bucket_size: int | None = Field(default=None, ge=0)
+    stage3_prefetch_bucket_size: int | None = Field(default=None, ge=0, le=2**40)
     """Stage 3: elements fetched ahead of use."""
-    stage3_param_persistence_threshold: int | None = Field(default=None, ge=0)
+    stage3_param_persistence_threshold: int | None = Field(default=None, ge=0, le=2**40)
     """Stage 3: weights smaller than this stay whole on every process."""
-    stage3_max_live_parameters: int | None = Field(default=None, ge=0)
+    stage3_max_live_parameters: int | None = Field(default=None, ge=0, le=2**40)
     """Stage 3: elements that may be whole at a time."""
     offload_optimizer: OffloadConfig | None = None
     """Masters and moments on the host, 12 bytes per parameter; at stages 2 and 3 the sums of gradients too, 4 more."""

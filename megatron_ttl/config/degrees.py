@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from megatron_ttl.config.checks import Fault
+from megatron_ttl.config.checks import Fault, divisors
 from megatron_ttl.config.schema import RunFile
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_ttl.config.load import Settings
 
 
-MAX_WORLD_SIZE = 2**20
+MAX_WORLD_SIZE = 2**18
 """Processes that a dry run plans for: more than any machine has, few enough to list."""
 
 
@@ -58,15 +58,10 @@ def _tensor(degree: int, sizes: dict[str, int]) -> list[Fault]:
 
 def _nearest(degree: int, sizes: list[int]) -> str:
     """Return the one or two degrees nearest to one that does not divide all sizes."""
-    fitting = _divisors(math.gcd(*sizes))
+    fitting = divisors(math.gcd(*sizes))
     below = [d for d in fitting if d < degree]
     above = [d for d in fitting if d > degree]
     return " or ".join(f"{d:,}" for d in (*below[-1:], *above[:1]))
-
-
-def _divisors(number: int) -> list[int]:
-    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*low, *(number // d for d in low)})
 
 
 def world_fault(profile: DeepSpeedProfile, world_size: int) -> str:
@@ -77,8 +72,8 @@ def world_fault(profile: DeepSpeedProfile, world_size: int) -> str:
         return ""
     below = world_size // together * together
     near = f"{below:,} or {below + together:,}" if below else f"{together:,}"
-    degrees = [(tensor, pipeline) for tensor in _divisors(world_size) if tensor <= cut.tensor
-               for pipeline in _divisors(world_size // tensor) if pipeline <= cut.pipeline]
+    degrees = [(tensor, pipeline) for tensor in divisors(world_size) if tensor <= cut.tensor
+               for pipeline in divisors(world_size // tensor) if pipeline <= cut.pipeline]
     tensor, pipeline = max(degrees, key=lambda pair: (pair[0] * pair[1], pair[0]))
     return (f"tensor {cut.tensor:,} x pipeline {cut.pipeline:,} = {together:,} processes hold the model once, and "
             f"there are {world_size:,}; the product must divide their number; start {near} processes, or set tensor to "

@@ -71,7 +71,7 @@ def _type_words(annotation: Any) -> str:
 
 
 def _bound(value: float) -> str:
-    return {2**63: "2^63", 2**31 - 1: "2^31 - 1"}.get(value, f"{value:,}")  # type: ignore[call-overload]
+    return {2**63: "2^63", 2**40: "2^40", 2**31 - 1: "2^31 - 1"}.get(value, f"{value:,}")  # type: ignore[call-overload]
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ttl.config.changes import allowance_faults
 from megatron_ttl.config.checks import accumulation, accumulation_fault, check_world, run_faults
 from megatron_ttl.config.deepspeed import (
     NOTES,
@@ -64,6 +65,8 @@ class Settings:
     deepspeed_path: Path
     device: str | None = None
     """Accelerator that the profile was written for (`_device`), for estimates."""
+    allow_changes: tuple[str, ...] = ()
+    """Keys and sections that a resumed run may change because it was asked for (`--allow-change`)."""
 
 
 @dataclass(frozen=True)
@@ -77,19 +80,20 @@ class Reading:
 
 
 def load_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
-                  overrides: Iterable[str] = ()) -> Settings:
+                  overrides: Iterable[str] = (), allow_changes: Iterable[str] = ()) -> Settings:
     """Return the checked settings of a run.
 
     Raises:
-        ConfigError: with every fault of both files and of the overrides.
+        ConfigError: with every fault of both files, of the overrides and of the changes that are to be allowed.
     """
-    reading = read_settings(deepspeed_config, run_config, overrides)
+    reading = read_settings(deepspeed_config, run_config, overrides, allow_changes=allow_changes)
     raise_faults(ConfigError, reading.faults)
     return reading.settings
 
 
 def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
-                  overrides: Iterable[str] = (), world_size: int | None = None) -> Reading:
+                  overrides: Iterable[str] = (), world_size: int | None = None,
+                  allow_changes: Iterable[str] = ()) -> Reading:
     """Read and check everything; with `world_size`, the number of processes, also how the steps are shared out."""
     run_path, deepspeed_path = Path(run_config), Path(deepspeed_config)
     run_text, faults = read_text(run_path, "a run file in TOML", "--config")
@@ -104,8 +108,10 @@ def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
     faults += [f"{deepspeed_path}: {key}: {fault}" for key, fault in degree_faults(run.value, profile.value, wrong)]
     if world_size is not None:
         faults += _world_faults(run.value, profile.value, deepspeed_path, wrong, world_size)
+    allowed = tuple(allow_changes)
+    faults += [f"{COMMAND_LINE}: --allow-change {name}: {fault}" for name, fault in allowance_faults(allowed)]
     settings = Settings(run.value, profile.value, run_origin | origin, run_text, deepspeed_text, run_path,
-                        deepspeed_path, device)
+                        deepspeed_path, device, allowed)
     return Reading(settings, faults, wrong)
 
 

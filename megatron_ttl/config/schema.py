@@ -32,22 +32,22 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """A Llama-2 decoder, in Hugging Face's words."""
 
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=2**24)
     """Width of the residual stream (h)."""
-    intermediate_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0, le=2**24)
     """Width of the SwiGLU (f)."""
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=512)
     """Number of blocks (L)."""
-    num_attention_heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0, le=2**16)
     """Query heads (n); each has hidden_size / n channels."""
-    num_key_value_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0, le=2**16)
     """Key/value heads (k): k = n is multi-head, k < n grouped-query attention."""
     vocab_size: int = Field(gt=3, le=2**31 - 1)
     """Rows of the embedding and of the head (v); at least the tokenizer's size."""
-    max_position_embeddings: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0, le=2**31 - 1)
     """Longest sequence the exported model declares."""
-    rms_norm_eps: float = Field(default=1e-6, gt=0)
-    """Epsilon of RMSNorm."""
+    rms_norm_eps: float = Field(default=1e-6, ge=1e-38, lt=1)
+    """Epsilon of RMSNorm; what is smaller is zero in fp32."""
     rope_theta: float = Field(default=10_000.0, gt=1)
     """Base of the rotary angles."""
     tie_word_embeddings: bool = False
@@ -82,7 +82,7 @@ class TrainConfig(Section):
 
     sequence_length: int = Field(gt=0)
     """Tokens per sample (s)."""
-    tokens_per_step: int = Field(gt=0)
+    tokens_per_step: int = Field(gt=0, le=2**40)
     """Tokens per optimizer step over all ranks; the accumulation is derived from it."""
     steps: int | None = Field(default=None, gt=0)
     """Length of the run in optimizer steps; exactly one of steps and tokens."""
@@ -101,8 +101,8 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
+    eps: float = Field(default=1e-8, ge=1e-38, le=1)
+    """Added to the root of the second moment; what is smaller is zero in fp32."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay of every matrix."""
     decay_norms: bool = False
@@ -174,7 +174,7 @@ class EnergyConfig(Section):
     """Measure; a failure of the tracker never stops the run."""
     country_iso_code: str | None = Field(default=None, pattern="^[A-Z]{3}$")
     """Country whose electricity is used, ISO 3166 alpha-3 (BRA, PRT ...); required while enabled."""
-    measure_power_s: float = Field(default=15.0, gt=0)
+    measure_power_s: float = Field(default=15.0, gt=0, le=86_400)
     """Seconds between two readings of the power."""
 
 

@@ -8,6 +8,7 @@ rows or of columns.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,8 +167,18 @@ def stage_bounds(config: ModelConfig, sequence_length: int, stages: int) -> list
     # best[i]: (slowest stage, sum of squares, ends of the stages) for layers i.. dealt to s stages, s growing
     best = {i: (sums[count] - sums[i], (sums[count] - sums[i]) ** 2, (count,)) for i in range(count)}
     for s in range(2, stages + 1):
-        best = {i: min((max(sums[end] - sums[i], best[end][0]), (sums[end] - sums[i]) ** 2 + best[end][1],
-                        (end, *best[end][2])) for end in range(max(i + 1, 2), count - s + 2))
-                for i in range(count - s + 1)}
+        best = {i: _best_first_stage(i, sums, best, range(max(i + 1, 2), count - s + 2)) for i in range(count - s + 1)}
     ends = best[0][2]
     return [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+
+
+def _best_first_stage(start: int, sums: list[float], rest: dict[int, tuple], ends: range) -> tuple:
+    found: tuple = (math.inf,)
+    for end in ends:
+        first = sums[end] - sums[start]
+        if first > found[0]:
+            break  # it grows with every layer: no later end is better, and hundreds of stages stay quick
+        slowest = max(first, rest[end][0])
+        if slowest <= found[0]:
+            found = min(found, (slowest, first**2 + rest[end][1], (end, *rest[end][2])))
+    return found

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ttl.config.changes import Change
 from megatron_ttl.config.checks import accumulation
 from megatron_ttl.config.degrees import data_parallel_size_of
 from megatron_ttl.config.load import Settings, read_settings
 from megatron_ttl.config.schema import EnergyConfig, RunFile
-from megatron_ttl.console import print_result
+from megatron_ttl.console import print_result, print_table
 from megatron_ttl.data.manifest import DatasetManifest, dataset_paths, read_manifest
 from megatron_ttl.errors import ConfigError, UserError, raise_faults
 from megatron_ttl.files import human_bytes, require_free_space
@@ -22,6 +23,7 @@ from megatron_ttl.model.flops import (
     flops_per_token,
 )
 from megatron_ttl.plan.layout_picture import describe_layout, print_layout
+from megatron_ttl.train.changed_settings import CHANGE_HEADER, changes_for_a_dry_run
 from megatron_ttl.train.device_peaks import peak_flops_per_s
 from megatron_ttl.train.open_data import open_data
 from megatron_ttl.train.schedule import Schedule
@@ -120,13 +122,14 @@ def _manifest(prefix: str) -> DatasetManifest | None:
 
 
 def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
-            overrides: Sequence[str], world_size: int) -> dict[str, Any]:
+            overrides: Sequence[str], world_size: int, allow_changes: Sequence[str] = ()) -> dict[str, Any]:
     """Check everything that can be checked without a device, and return the forecast.
 
     Raises:
-        ConfigError: with every fault of both files, the overrides, the data and the disk.
+        ConfigError: with every fault of both files, the overrides, the data, the disk and of what a run that is
+            there already would have to change.
     """
-    reading = read_settings(deepspeed_config, run_config, overrides, world_size)
+    reading = read_settings(deepspeed_config, run_config, overrides, world_size, allow_changes)
     faults = list(reading.faults)
     run = reading.settings.run
     if any(": energy" in fault for fault in faults):
@@ -137,8 +140,14 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
             open_data(run)
         except UserError as error:
             faults += [fault for fault in error.faults if fault not in faults]
+    changes: list[Change] = []
+    if not reading.faults:
+        changes, more = changes_for_a_dry_run(reading.settings)
+        faults += more
     raise_faults(ConfigError, faults)
     result = forecast(reading.settings, world_size)
+    if changes:
+        result["changes"] = [dict(zip(CHANGE_HEADER, change.row, strict=True)) for change in changes]
     require_free_space(Path(run.run.dir), result["checkpoints_at_once_bytes"], "all checkpoints of the run")
     return result
 
@@ -148,6 +157,8 @@ def print_forecast(result: dict[str, Any], as_json: bool) -> None:
     if not as_json:
         result = dict(result)
         picture = result.pop("layout")
+        if changes := result.pop("changes", None):
+            print_table(CHANGE_HEADER, [row.values() for row in changes], title="changed since the run was last started")
         for key in ("checkpoint_bytes", "checkpoints_at_once_bytes"):
             result[key.replace("_bytes", "")] = human_bytes(result.pop(key))
         for key in ("lr_first", "lr_peak", "lr_last", "flops", "flops_per_token_c", "flops_per_token_nc"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -12,11 +11,19 @@ from typing import IO, Any
 
 from megatron_ttl.checkpoint.peers import ALONE, Peers
 from megatron_ttl.checkpoint.store import Checkpoint, CheckpointStore
-from megatron_ttl.config.changes import forbidden_changes
+from megatron_ttl.config.describe import show
 from megatron_ttl.config.load import Settings
 from megatron_ttl.errors import CheckpointError, ConfigError, raise_faults
 from megatron_ttl.files import write_json, write_text
 from megatron_ttl.runtime import describe_process
+from megatron_ttl.train.changed_settings import (
+    SETTINGS,
+    change_faults,
+    changes_since,
+    history_with,
+    print_changes,
+    read_settings_of_record,
+)
 
 
 class RunFolder:
@@ -28,6 +35,7 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.tokenizer_path = self.path / "tokenizer"
         self._lock: IO[str] | None = None
+        self._history: list[dict[str, Any]] = []
         keep = settings.run.checkpoint
         self.store = CheckpointStore(self.path / "checkpoints", keep.keep_last, keep.keep_every_steps)
 
@@ -75,12 +83,12 @@ class RunFolder:
 
         Raises:
             CheckpointError: there are checkpoints and none is valid.
-            ConfigError: the run file was changed in a way that would make it another run.
+            ConfigError: a setting was changed that may not change, or only when it is asked for.
         """
         checkpoint = self.store.latest_valid(peers)
         run = self.settings.run
         if checkpoint is not None:
-            raise_faults(ConfigError, forbidden_changes(self._stored()["run"], run))
+            self._compare(checkpoint, speaks=peers.rank == 0)
             return checkpoint, list(self.store.warnings)
         if run.run.start_from is None:
             return None, []
@@ -88,22 +96,23 @@ class RunFolder:
         raise_faults(ConfigError, _branch_faults(parent, self.settings))
         return parent, []
 
-    def _stored(self) -> dict[str, Any]:
-        path = self.path / "settings.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: the settings of the run cannot be read ({error}); they must lie beside its "
-                                  "checkpoints; restore the file or choose another run.dir") from None
+    def _compare(self, checkpoint: Checkpoint, speaks: bool) -> None:
+        stored = read_settings_of_record(self.path)
+        changes = changes_since(self.path, stored, checkpoint.record, self.settings)
+        if speaks:
+            print_changes(changes, self.path, checkpoint.step)
+        raise_faults(ConfigError, change_faults(changes, checkpoint.step, self.settings))
+        self._history = history_with(stored, changes, checkpoint.step)
 
     def describe(self, deepspeed_settings: dict[str, Any], versions: dict[str, str], tokenizer: Path) -> None:
-        """Write the settings as given and as resolved, and a copy of the tokenizer."""
+        """Write the settings as given and as resolved, what was changed and when, and a copy of the tokenizer."""
         settings = self.settings
         write_text(self.path / "run.toml", settings.run_text)
         write_text(self.path / "deepspeed.json", settings.deepspeed_text)
-        write_json(self.path / "settings.json", {"run": settings.run.model_dump(mode="json"),
-                                                 "deepspeed": deepspeed_settings, "origins": settings.origins,
-                                                 "versions": versions})
+        write_json(self.path / SETTINGS, {"run": settings.run.model_dump(mode="json"),
+                                          "profile": settings.profile.model_dump(mode="json"),
+                                          "deepspeed": deepspeed_settings, "origins": settings.origins,
+                                          "versions": versions, "changes": self._history})
         if not self.tokenizer_path.exists():
             temporary = self.path / f"tokenizer.tmp-{os.getpid()}"
             shutil.copytree(tokenizer, temporary)
@@ -127,17 +136,17 @@ def open_checkpoint(path: Path, peers: Peers = ALONE) -> Checkpoint:
 
 def _branch_faults(parent: Checkpoint, settings: Settings) -> list[str]:
     """Say what keeps a run from going on at the parent's weights and data position."""
-    stored, now = parent.record["run"], settings.run.model_dump(mode="json")
+    if not isinstance(parent.record.get("run"), dict):
+        return [f"{parent.directory}: its record has no settings; a branch needs to know what its weights are; choose "
+                "another checkpoint"]
+    folder = parent.directory.parent.parent
     faults = []
-    for key in ("model", "data"):
-        if stored[key] != now[key]:
-            faults.append(f"{settings.run_path}: {key}: differs from the checkpoint {parent.directory}; a branch goes "
-                          "on with the same model and at the same place of the same data; copy the section from its "
-                          "settings.json")
-    if stored["train"]["sequence_length"] != now["train"]["sequence_length"]:
-        faults.append(f"{settings.run_path}: train.sequence_length: {now['train']['sequence_length']} here, "
-                      f"{stored['train']['sequence_length']} in the checkpoint; the data position counts sequences; "
-                      "keep the length")
+    for change in changes_since(folder, parent.record, parent.record, settings):
+        if change.verdict != "forbidden" or not change.field.startswith(("model.", "data.", "train.")):
+            continue
+        faults.append(f"{settings.run_path}: {change.field}: is {show(change.new)}, and {show(change.old)} in the "
+                      f"checkpoint {parent.directory}; a branch goes on with the same model and at the same place of the "
+                      f"same data: {change.why}; copy it from the checkpoint's run")
     if settings.run.total_steps <= parent.step:
         faults.append(f"{settings.run_path}: train.steps: {settings.run.total_steps}, and the checkpoint is at step "
                       f"{parent.step}; the horizon counts from the first step of the parent; set a larger one")

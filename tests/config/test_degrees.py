@@ -101,8 +101,8 @@ def test_absurd_degrees_are_refused_at_once(tmp_path):
     profile = {**PROFILE, "parallel": {"tensor": 10**12, "pipeline": 10**12}}
     with pytest.raises(ConfigError, match="set it to 2\n.*set it to at most 3$"):
         load(tmp_path, profile=profile)
-    faults = read_settings(tmp_path / "m.json", tmp_path / "r.toml", (), 2**20).faults
-    assert len(faults) == 3 and "hold the model once, and there are 1,048,576" in faults[2]
+    faults = read_settings(tmp_path / "m.json", tmp_path / "r.toml", (), 2**18).faults
+    assert len(faults) == 3 and "hold the model once, and there are 262,144" in faults[2]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

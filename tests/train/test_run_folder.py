@@ -62,7 +62,7 @@ def test_a_changed_setting_is_named_with_both_values(place, tmp_path):
     """What shapes the curve may not change, what does not may."""
     run = copy_of_the_run(place, tmp_path)
     folder = RunFolder(settings(place, f"run.dir={run}", "optimizer.lr=2e-2", "run.seed=8"))
-    with pytest.raises(ConfigError, match=r"optimizer.lr: was 0.01 when this run began, is now 0.02"):
+    with pytest.raises(ConfigError, match=r"optimizer.lr: was 0.01 in the run so far, is now 0.02"):
         folder.starting_point()
     with pytest.raises(ConfigError, match=r"run.seed: was 7"):
         folder.starting_point()
@@ -97,8 +97,8 @@ def test_a_run_without_its_settings(place, tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["run.start_from={run}/checkpoints/step-00000002", "model.intermediate_size=96"], "model: differs from the checkpoint"),
-    (["run.start_from={run}", "train.sequence_length=16"], "train.sequence_length: 16 here, 32 in the checkpoint"),
+    (["run.start_from={run}/checkpoints/step-00000002", "model.intermediate_size=96"], "model.intermediate_size: is 96, and 64 in the checkpoint"),
+    (["run.start_from={run}", "train.sequence_length=16"], "train.sequence_length: is 16, and 32 in the checkpoint"),
     (["run.start_from={run}"], "train.steps: 4, and the checkpoint is at step 4"),
     (["run.start_from={run}/nowhere"], "no checkpoint is there"),
 ])

@@ -63,7 +63,8 @@ enabled = false
     return deepspeed, run
 
 
-def train_here(mesh, deepspeed: str, run: str, overrides: list[str], stop_after: int | None = None) -> int:
+def train_here(mesh, deepspeed: str, run: str, overrides: list[str], stop_after: int | None = None,
+               allow: tuple[str, ...] = ()) -> int:
     """Do what pretrain_ttl.py does, in this process; `stop_after` sends SIGTERM when that step is reached."""
     import os
     import signal
@@ -73,7 +74,7 @@ def train_here(mesh, deepspeed: str, run: str, overrides: list[str], stop_after:
     from megatron_ttl.train.session import prepare
     from megatron_ttl.train.stop import StopRequest
 
-    session = prepare(load_settings(deepspeed, run, overrides), mesh)
+    session = prepare(load_settings(deepspeed, run, overrides, allow), mesh)
     if stop_after is not None:
         step_of = session.engine.train_step
 
