@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="TOML", help="run file (default: %(default)s)")
     parser.add_argument("--allow-change", action="append", default=[], metavar="KEY",
                         help="go on although this key or section (optimizer.lr, optimizer) was changed; repeatable")
+    parser.add_argument("--skip-steps", action="append", default=[], metavar="A-B",
+                        help="leave the samples of these steps out, going back before them if need be; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="report every fault and the plan; touch no device")
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: processes to plan for (default: 1)")
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON")
@@ -36,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             from megatron_ttl.plan.forecast import dry_run, print_forecast
             world_size = ranks.world_size if arguments.world_size is None else arguments.world_size
-            plan = dry_run(*files, world_size, arguments.allow_change)
+            plan = dry_run(*files, world_size, arguments.allow_change, arguments.skip_steps)
             if ranks.is_first:
                 print_forecast(plan, arguments.json)
             return 0
-        settings = load_settings(*files, arguments.allow_change)
+        settings = load_settings(*files, arguments.allow_change, arguments.skip_steps)
         if ranks.is_first and arguments.config == DEFAULT_CONFIG:
             print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
         ranks = find_meeting_place(ranks)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,29 +101,35 @@ class CheckpointStore:
         manifest, record = verify(folder, int(named[1]) if named else None, peers)
         return Checkpoint(folder, manifest.step, record, manifest)
 
-    def latest_valid(self, peers: Peers = ALONE) -> Checkpoint | None:
+    def latest_valid(self, peers: Peers = ALONE, unfit: Callable[[Checkpoint], str] = lambda _: "") -> Checkpoint | None:
         """Open the newest checkpoint that is whole; what is passed over stands in `warnings`.
 
         Args:
             peers: they share the work, and all come to the same result: the first one's folder listing counts.
+            unfit: says what keeps a whole checkpoint from being used, or nothing; alike on all peers.
 
         Returns:
             None only where no checkpoint was ever completed.
 
         Raises:
-            CheckpointError: there are checkpoints, and none is whole.
+            CheckpointError: there are checkpoints, and none is whole and fit.
         """
         self.warnings = []
         faults: list[str] = []
         steps = together(peers, lambda: self.steps() if peers.rank == 0 else [])[0]
         for step in reversed(steps):
             try:
-                return self.open(step, peers)
+                checkpoint = self.open(step, peers)
             except CheckpointError as error:
-                faults += error.faults
-                self.warnings += [f"checkpoint of step {step} passed over: {fault}" for fault in error.faults]
+                found = error.faults
+            else:
+                found = [fault] if (fault := unfit(checkpoint)) else []
+                if not found:
+                    return checkpoint
+            faults += found
+            self.warnings += [f"checkpoint of step {step} passed over: {fault}" for fault in found]
         if faults:
-            raise CheckpointError(f"{self.directory}: no checkpoint is whole; one must be, to go on; restore "
+            raise CheckpointError(f"{self.directory}: no checkpoint is whole and fits; one must, to go on; restore "
                                   "one from a copy, or start anew in another folder", *faults)
         return None
 
@@ -211,6 +217,18 @@ class CheckpointStore:
         self._move_aside(target)
         os.rename(temporary, target)
         fsync_directory(self.directory)
+
+    def set_aside(self, steps: Iterable[int]) -> None:
+        """Rename checkpoints to `step-00000820.set-aside`, so that a run can go that way again."""
+        moved = sorted(steps, reverse=True)
+        for step in moved:
+            target, number = self._folder(step).with_suffix(".set-aside"), 1
+            while os.path.lexists(target):
+                number += 1
+                target = target.with_suffix(f".set-aside-{number}")
+            os.rename(self._folder(step), target)
+        if moved:
+            fsync_directory(self.directory)
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"

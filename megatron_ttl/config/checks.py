@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from megatron_ttl.config.schema import RunFile
+from megatron_ttl.config.skips import range_fault
 
 if TYPE_CHECKING:
     from megatron_ttl.config.load import Settings
@@ -80,6 +81,12 @@ def _length(run: RunFile) -> Iterator[Fault]:
 
 def _length_multiple(run: RunFile) -> Iterator[Fault]:
     yield from _multiple("train.tokens", run.train.tokens, run)
+
+
+def _skip_steps(run: RunFile) -> Iterator[Fault]:
+    for i, text in enumerate(run.train.skip_steps):
+        if fault := range_fault(text):
+            yield f"train.skip_steps[{i}]", fault
 
 
 def _warmup(run: RunFile) -> Iterator[Fault]:
@@ -250,6 +257,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[RunFile], Iterator[Fault]]], ...]
     (("train.tokens_per_step", "train.sequence_length"), _tokens_per_step),
     (("train.steps", "train.tokens"), _length),
     (("train.tokens", "train.tokens_per_step"), _length_multiple),
+    (("train.skip_steps",), _skip_steps),
     (("schedule.warmup_steps", "schedule.warmup_tokens"), _warmup),
     (("schedule.warmup_tokens", "train.tokens_per_step"), _warmup_multiple),
     (("schedule.kind", "schedule.decay_steps", "schedule.decay_tokens", "schedule.decay_shape"), _decay),

@@ -22,11 +22,12 @@ from megatron_ttl.config.overrides import WHERE as COMMAND_LINE
 from megatron_ttl.config.overrides import apply_overrides
 from megatron_ttl.config.read import parse_json, parse_toml, read_text
 from megatron_ttl.config.schema import RunFile
+from megatron_ttl.config.skips import range_fault, union
 from megatron_ttl.config.suggest import did_you_mean, nearest_keys, split_key
 from megatron_ttl.config.validate import Checked, validate, without_indices
 from megatron_ttl.errors import ConfigError, raise_faults
 
-__all__ = ["Reading", "Settings", "accumulation", "check_world", "load_settings", "read_settings"]
+__all__ = ["Reading", "Settings", "accumulation", "check_world", "load_settings", "read_settings", "with_skips"]
 
 DEFAULT = "default"
 """Origin of a key that neither file nor command line gives."""
@@ -80,20 +81,21 @@ class Reading:
 
 
 def load_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
-                  overrides: Iterable[str] = (), allow_changes: Iterable[str] = ()) -> Settings:
+                  overrides: Iterable[str] = (), allow_changes: Iterable[str] = (),
+                  skip_steps: Iterable[str] = ()) -> Settings:
     """Return the checked settings of a run.
 
     Raises:
         ConfigError: with every fault of both files, of the overrides and of the changes that are to be allowed.
     """
-    reading = read_settings(deepspeed_config, run_config, overrides, allow_changes=allow_changes)
+    reading = read_settings(deepspeed_config, run_config, overrides, None, allow_changes, skip_steps)
     raise_faults(ConfigError, reading.faults)
     return reading.settings
 
 
 def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
                   overrides: Iterable[str] = (), world_size: int | None = None,
-                  allow_changes: Iterable[str] = ()) -> Reading:
+                  allow_changes: Iterable[str] = (), skip_steps: Iterable[str] = ()) -> Reading:
     """Read and check everything; with `world_size`, the number of processes, also how the steps are shared out."""
     run_path, deepspeed_path = Path(run_config), Path(deepspeed_config)
     run_text, faults = read_text(run_path, "a run file in TOML", "--config")
@@ -110,9 +112,20 @@ def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
         faults += _world_faults(run.value, profile.value, deepspeed_path, wrong, world_size)
     allowed = tuple(allow_changes)
     faults += [f"{COMMAND_LINE}: --allow-change {name}: {fault}" for name, fault in allowance_faults(allowed)]
-    settings = Settings(run.value, profile.value, run_origin | origin, run_text, deepspeed_text, run_path,
+    more_skips = tuple(skip_steps)
+    faults += [f"{COMMAND_LINE}: --skip-steps: {fault}" for fault in map(range_fault, more_skips) if fault]
+    run_file = run.value if faults else with_skips(run.value, more_skips)
+    settings = Settings(run_file, profile.value, run_origin | origin, run_text, deepspeed_text, run_path,
                         deepspeed_path, device, allowed)
     return Reading(settings, faults, wrong)
+
+
+def with_skips(run: RunFile, more: Iterable[str]) -> RunFile:
+    """Return the run file with more steps to leave out."""
+    skips = union(run.train.skip_steps, more)
+    if skips == union(run.train.skip_steps):
+        return run
+    return run.model_copy(update={"train": run.train.model_copy(update={"skip_steps": skips})})
 
 
 def _world_faults(run: RunFile, profile: DeepSpeedProfile, path: Path, wrong: frozenset[str],

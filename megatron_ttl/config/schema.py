@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_ttl.config.skips import ranges_of
+
 
 class Section(BaseModel):
     """One table of the run file."""
@@ -92,6 +94,13 @@ class TrainConfig(Section):
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
     max_nonfinite_steps: int = Field(default=3, gt=0)
     """The run ends with so many steps in a row whose gradient is not finite; each of them moves no weight."""
+    skip_steps: tuple[str, ...] = ()
+    """Steps whose samples are left out, as "812" or "1200-1203"; a run that has taken them goes back to before."""
+
+
+    def leaves_out(self, step: int) -> bool:
+        """Return whether the samples of a step are left out."""
+        return any(first <= step <= last for first, last in ranges_of(self.skip_steps))
 
 
 class OptimizerConfig(Section):

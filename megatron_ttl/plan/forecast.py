@@ -122,14 +122,15 @@ def _manifest(prefix: str) -> DatasetManifest | None:
 
 
 def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
-            overrides: Sequence[str], world_size: int, allow_changes: Sequence[str] = ()) -> dict[str, Any]:
+            overrides: Sequence[str], world_size: int, allow_changes: Sequence[str] = (),
+            skip_steps: Sequence[str] = ()) -> dict[str, Any]:
     """Check everything that can be checked without a device, and return the forecast.
 
     Raises:
         ConfigError: with every fault of both files, the overrides, the data, the disk and of what a run that is
             there already would have to change.
     """
-    reading = read_settings(deepspeed_config, run_config, overrides, world_size, allow_changes)
+    reading = read_settings(deepspeed_config, run_config, overrides, world_size, allow_changes, skip_steps)
     faults = list(reading.faults)
     run = reading.settings.run
     if any(": energy" in fault for fault in faults):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_ttl.checkpoint.bounded_json import read_json_object
 from megatron_ttl.config.changes import Change, InForce, compare, refusals
-from megatron_ttl.config.load import Settings
+from megatron_ttl.config.load import Settings, with_skips
+from megatron_ttl.config.schema import RunFile
+from megatron_ttl.config.skips import up_to
 from megatron_ttl.console import print_table
 from megatron_ttl.data.manifest import dataset_paths, read_manifest
 from megatron_ttl.errors import CheckpointError, DataError
@@ -35,6 +38,27 @@ def read_settings_of_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the settings of the run cannot be read ({why}); they must lie beside its "
                               "checkpoints; restore the file or choose another run.dir")
     return stored
+
+
+def with_recorded_skips(settings: Settings) -> Settings:
+    """Return the settings with the steps that the run left out so far: what was left out once stays out."""
+    path = Path(settings.run.run.dir) / SETTINGS
+    if not path.is_file():
+        return settings
+    stored = read_settings_of_record(path.parent)["run"].get("train", {}).get("skip_steps", ())
+    return replace(settings, run=with_skips(settings.run, stored))
+
+
+def skip_fault(record: Mapping[str, Any], step: int, run: RunFile) -> str:
+    """Return what keeps a run that leaves steps out from going on at a checkpoint: it took them, or left out others."""
+    taken = up_to(record.get("run", {}).get("train", {}).get("skip_steps", ()), step)
+    wanted = up_to(run.train.skip_steps, step)
+    if taken == wanted:
+        return ""
+    said = ", ".join(f"{first}-{last}" for first, last in wanted) or "none"
+    return (f"it lies behind steps that are left out otherwise (train.skip_steps, up to here: {said}); it must lie before "
+            "them, or have left them out; begin in a new folder with run.start_from=<an earlier checkpoint>, if there is "
+            "one")
 
 
 def changes_since(folder: Path, stored: Mapping[str, Any], record: Mapping[str, Any], settings: Settings

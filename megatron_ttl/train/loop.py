@@ -67,11 +67,14 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
             with watchdog.section("step"):
                 micro_batches = next(batches)
                 lr = session.schedule.at(state.step + 1)
-                result = engine.train_step(micro_batches, lr, run.train.tokens_per_step)
-                state.advance(run, moved=not result.skipped)
+                if run.train.leaves_out(state.step + 1):
+                    leave_out(session)
+                else:
+                    result = engine.train_step(micro_batches, lr, run.train.tokens_per_step)
+                    state.advance(run, moved=not result.skipped)
+                    interval.add(result, batches.wait_s)
+                    judge(session, result)
                 watchdog.beat(state.step)
-                interval.add(result, batches.wait_s)
-                judge(session, result)
                 stop_file, save_file = switches.asked()
                 votes = mesh.sum(stop.is_set or stop_file, save_file, session.saver.written)
             asked_to_stop, asked_to_save, written = votes[0] > 0, votes[1] > 0, votes[2] == mesh.world_size
@@ -87,7 +90,7 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
             due = at_end or asked_to_save or (at_cadence and not session.nonfinite.in_a_row)
             if due or state.step % run.log.every_steps == 0:
                 report_spikes(session)
-            if at_end or state.step % run.log.every_steps == 0:
+            if interval.steps and (at_end or state.step % run.log.every_steps == 0):
                 session.metrics.row(interval.row(session, lr))
                 interval = Interval()
 
@@ -182,6 +185,15 @@ class Interval:
                 "step_s": elapsed / self.steps, "data_wait_s": self.wait_s / self.steps,
                 "peak_memory_bytes": session.peak_memory_bytes(), "epochs": session.epochs(),
                 **session.engine.loss_scale_row(self.skipped), **session.energy_row()}
+
+
+def leave_out(session: Session) -> None:
+    """Pass over a step that the run file leaves out: its samples are never read again, and no weight moves."""
+    state = session.state
+    state.advance(session.run, moved=False)
+    session.say(f"step {state.step}: left out (train.skip_steps)")
+    session.metrics.row({"event": "left out", "step": state.step, "tokens": state.consumed_tokens,
+                         **session.samples_of(state.step)})
 
 
 def judge(session: Session, result: StepResult) -> None:

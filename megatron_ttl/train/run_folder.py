@@ -23,6 +23,7 @@ from megatron_ttl.train.changed_settings import (
     history_with,
     print_changes,
     read_settings_of_record,
+    skip_fault,
 )
 
 
@@ -85,15 +86,30 @@ class RunFolder:
             CheckpointError: there are checkpoints and none is valid.
             ConfigError: a setting was changed that may not change, or only when it is asked for.
         """
-        checkpoint = self.store.latest_valid(peers)
         run = self.settings.run
+        behind: list[int] = []
+
+        def unfit(found: Checkpoint) -> str:
+            fault = skip_fault(found.record, found.step, run)
+            behind.extend([found.step] if fault else [])
+            return fault
+
+        checkpoint = self.store.latest_valid(peers, unfit)
         if checkpoint is not None:
+            warnings = list(self.store.warnings)
             self._compare(checkpoint, speaks=peers.rank == 0)
-            return checkpoint, list(self.store.warnings)
+            if behind and peers.rank == 0:
+                self.store.set_aside(behind)
+                warnings.append(f"checkpoints of steps {', '.join(map(str, behind))} are set aside, for the run goes there "
+                                "again; delete them by hand (*.set-aside) when they are not missed")
+            return checkpoint, warnings
         if run.run.start_from is None:
             return None, []
         parent = open_checkpoint(Path(run.run.start_from), peers)
-        raise_faults(ConfigError, _branch_faults(parent, self.settings))
+        faults = _branch_faults(parent, self.settings)
+        if fault := skip_fault(parent.record, parent.step, run):
+            faults.append(f"{parent.directory}: {fault}")
+        raise_faults(ConfigError, faults)
         return parent, []
 
     def _compare(self, checkpoint: Checkpoint, speaks: bool) -> None:

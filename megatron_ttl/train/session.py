@@ -22,6 +22,7 @@ from megatron_ttl.model.flops import BYTES_PER_PARAMETER, count_parameters
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.runtime import environment_report, seed_everything
 from megatron_ttl.train.anomalies import NonFiniteSteps, SpikeDetector
+from megatron_ttl.train.changed_settings import with_recorded_skips
 from megatron_ttl.train.energy import EnergyMeter, carry_on
 from megatron_ttl.train.engine import Engine
 from megatron_ttl.train.metrics import MetricLogger
@@ -135,6 +136,7 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None) ->
     Raises:
         UserError: with all faults of a kind; every process raises, and none is left waiting.
     """
+    settings = with_recorded_skips(settings)
     run, profile = settings.run, settings.profile
     raise_faults(ConfigError, device_faults(settings, mesh.device.type == "cuda"))
     dataset, held_out = open_data(run)
