@@ -18,16 +18,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="machine profile (configs/cpu.json)")
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="TOML", help="run file (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="report every fault and the plan; touch no device")
-    parser.add_argument("--world-size", type=int, default=None, metavar="N",
-                        help="with --dry-run: the number of processes (GPUs) to plan for (default: 1)")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: processes to plan for (default: 1)")
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run file, in TOML")
     arguments = parser.parse_args(argv)
 
-    from megatron_ttl.config.load import load_settings
     from megatron_ttl.errors import UserError
     from megatron_ttl.runtime import discover_ranks, find_meeting_place
+    from megatron_ttl.train.run_lock import RunLock
     from megatron_ttl.train.stop import StopRequest
 
     ranks = discover_ranks()
@@ -40,19 +39,20 @@ def main(argv: list[str] | None = None) -> int:
             if ranks.is_first:
                 print_forecast(forecast, arguments.json)
             return 0
-        settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
-        if ranks.is_first and arguments.config == DEFAULT_CONFIG:
-            print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
-        ranks = find_meeting_place(ranks)
-        with StopRequest(speaks=ranks.is_first) as stop:  # before the slow imports: a signal then must not be lost
+        with RunLock(takes=ranks.is_first) as lock, StopRequest(speaks=ranks.is_first) as stop:
+            lock.take_early(arguments.config, arguments.overrides)  # a second run there leaves before slow imports
+            from megatron_ttl.config.load import load_settings
+            settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
+            lock.take(settings.run.run.dir)
+            if ranks.is_first and arguments.config == DEFAULT_CONFIG:
+                print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
+            ranks = find_meeting_place(ranks)
             from megatron_ttl.train.loop import pretrain
-
-            return int(pretrain(settings, ranks, stop))
+            return int(pretrain(settings, ranks, stop, lock))
     except UserError as error:
         if ranks.local_rank == 0:  # one process per machine says it for all
             raise
-        # torchrun ends all processes when the first one leaves: give the speaker time to be heard.
-        time.sleep(2)
+        time.sleep(2)  # torchrun ends all processes when the first one leaves: give the speaker time to be heard
         return int(error.exit_code)
 
 

@@ -21,6 +21,7 @@ from megatron_ttl.parallel.replicas import replica_faults
 from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.engine import StepResult
 from megatron_ttl.train.failure import told_once, waiting_for_peers
+from megatron_ttl.train.run_lock import RunLock
 from megatron_ttl.train.session import Session, prepare
 from megatron_ttl.train.stop import StopRequest
 from megatron_ttl.train.switches import Switches
@@ -32,13 +33,14 @@ class DivergedError(UserError):
     exit_code = ExitCode.FAILED
 
 
-def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest) -> ExitCode:
+def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest, lock: RunLock | None = None) -> ExitCode:
     """Run, or go on with, the pretraining that the settings describe.
 
     Args:
         settings: from `load_settings`.
         ranks: from `discover_ranks`.
         stop: installed already; a request that came during preparation is honoured after the first step.
+        lock: on the run folder, taken by the first process before the slow imports.
 
     Raises:
         UserError: something is missing, damaged or contradictory; found before the first step.
@@ -47,7 +49,7 @@ def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest) -> ExitCode:
         mesh = join(ranks)
     try:
         with told_once(mesh):
-            session = prepare(settings, mesh)
+            session = prepare(settings, mesh, lock)
         with closing(session), told_once(mesh):
             return train(session, stop)
     finally:

@@ -27,6 +27,7 @@ from megatron_ttl.train.metrics import MetricLogger
 from megatron_ttl.train.open_data import open_data, tokenizer_directory
 from megatron_ttl.train.row_file import trim_rows
 from megatron_ttl.train.run_folder import RunFolder
+from megatron_ttl.train.run_lock import RunLock
 from megatron_ttl.train.schedule import Schedule
 
 
@@ -107,8 +108,13 @@ class Session:
         self.folder.release()
 
 
-def prepare(settings: Settings, mesh: Mesh) -> Session:
+def prepare(settings: Settings, mesh: Mesh, lock: RunLock | None = None) -> Session:
     """Open and check everything, build the engine, and go to where the run stands.
+
+    Args:
+        settings: of the run.
+        mesh: its processes.
+        lock: on the run folder, if it is taken already.
 
     Raises:
         UserError: with all faults of a kind; every process raises, and none is left waiting.
@@ -118,7 +124,7 @@ def prepare(settings: Settings, mesh: Mesh) -> Session:
     dataset, held_out = open_data(run)
     resolved = resolve_deepspeed(settings, data_parallel_size_of(settings, mesh.world_size))
     mesh = mesh.cut(profile.cut.tensor, profile.cut.pipeline, profile.cut.sequence)
-    folder = RunFolder(settings)
+    folder = RunFolder(settings, lock)
     checkpoint = _claim(folder, mesh)
     seed_everything(run.run.seed)
     engine = Engine(run, resolved, mesh, profile.recompute)
