@@ -16,15 +16,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ttl.config.schema import LogConfig
 from megatron_ttl.console import print_warning
+from megatron_ttl.runtime import set_default_variable
 
 _QUEUE_ROWS = 1000
 _INIT_WAIT_S = 15
 _CLOSE_WAIT_S = 20.0
+_LET_GO_WAIT_S = 1.0
 
 
 class Remote(Protocol):
@@ -38,10 +41,14 @@ class Remote(Protocol):
 
 
 class Mirror:
-    """Send rows to one remote in the background; every failure is one warning, and silence after it."""
+    """Send rows to one remote in the background; every failure is one warning, and silence after it.
 
-    def __init__(self, name: str, open_remote: Callable[[], Remote]) -> None:
-        self._name = name
+    `abandon` is called after a failure, and at the end when there is no answer: whatever the library would still wait for
+    when the process ends, it lets go of.
+    """
+
+    def __init__(self, name: str, open_remote: Callable[[], Remote], abandon: Callable[[], object] | None = None) -> None:
+        self._name, self._abandon = name, abandon
         self._handed_over = self._arrived = 0
         self._failed = self._warned = self._ended = False
         self._rows: queue.Queue[tuple[dict[str, Any], int] | None] = queue.Queue()
@@ -74,9 +81,12 @@ class Mirror:
         if self._thread.ident is not None:
             self._thread.join(max(0.0, seconds))
         if self._thread.is_alive():
-            self._warn(f"it does not answer; {self.missing_rows} rows did not get through")
+            self._warn(f"it does not answer; it took {self._arrived} of {self._handed_over} rows")
+            leaving = threading.Thread(target=self._let_go, name=f"{self._name} let go", daemon=True)
+            leaving.start()
+            leaving.join(_LET_GO_WAIT_S)
         elif self.missing_rows:
-            self._warn(f"it was too slow; {self.missing_rows} rows did not get through")
+            self._warn(f"it was too slow; it took {self._arrived} of {self._handed_over} rows")
 
     def _work(self, open_remote: Callable[[], Remote]) -> None:
         try:
@@ -87,11 +97,17 @@ class Mirror:
             remote.finish()
         except BaseException as error:  # not even a SystemExit of a library's may end the run
             self._fail(error)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        with suppress(BaseException):
+            if self._abandon is not None:
+                self._abandon()
 
     def _fail(self, error: BaseException) -> None:
         self._failed = True
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        self._warn(f"{reason}; it has {self._arrived} rows, and the run goes on without it")
+        self._warn(f"{reason}; it took {self._arrived} rows, and the run goes on without it")
 
     def _warn(self, fault: str) -> None:
         if not self._warned:
@@ -111,7 +127,7 @@ class Mirrors:
         self._mirrors: list[Mirror] = []
         if log.wandb != "disabled":
             run_id = self.wandb_run_id = wandb_run_id or secrets.token_hex(4)
-            self._mirrors.append(Mirror("wandb", lambda: open_wandb(log, run_dir, run_dir.name, settings, run_id)))
+            self._mirrors.append(Mirror("wandb", lambda: WandbRun(log, run_dir, settings, run_id), tear_down_wandb))
         if log.tensorboard:
             self._mirrors.append(Mirror("tensorboard", lambda: TensorBoardFile(run_dir / "tensorboard")))
 
@@ -130,16 +146,37 @@ class Mirrors:
         self._mirrors = []
 
 
-def open_wandb(log: LogConfig, run_dir: Path, name: str, settings: dict[str, Any], run_id: str) -> Remote:
-    """Open a run; with `offline`, files under `<run_dir>/wandb` that `wandb sync` uploads later."""
+class WandbRun:
+    """A run at wandb; with `offline`, files under `<run_dir>/wandb` that `wandb sync` uploads later."""
+
+    def __init__(self, log: LogConfig, run_dir: Path, settings: dict[str, Any], run_id: str) -> None:
+        # wandb would report its own faults to its maker, and wait ten seconds for that at the end where nobody answers.
+        set_default_variable("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        require_writable(run_dir / "wandb")  # where it cannot write, wandb quietly takes a temporary folder
+        # console="off": what the run prints stays where the user sees it. No git, no code: the run folder has it.
+        quiet = wandb.Settings(init_timeout=_INIT_WAIT_S, finish_timeout=_INIT_WAIT_S, finish_timeout_raises=True,
+                               console="off", silent=True, disable_git=True, save_code=False)
+        wandb.setup(quiet)
+        self._run = wandb.init(mode=log.wandb, project=log.wandb_project, name=run_dir.name, id=run_id, resume="allow",
+                               config=settings, dir=str(run_dir), settings=quiet)
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        """Hand over a row to wandb's own process."""
+        self._run.log(row, step=step)
+
+    def finish(self) -> None:
+        """Wait until wandb's own process has sent all and has ended."""
+        self._run.finish()
+        tear_down_wandb()
+
+
+def tear_down_wandb() -> None:
+    """Let wandb's own process end, and take back the promise to wait for it, however long, when Python exits."""
     import wandb
 
-    require_writable(run_dir / "wandb")  # where it cannot write, wandb quietly takes a temporary folder
-    # console="off": what the run prints stays where the user sees it. No git, no code: the run folder has it.
-    quiet = wandb.Settings(init_timeout=_INIT_WAIT_S, finish_timeout=_INIT_WAIT_S, console="off", silent=True,
-                           disable_git=True, save_code=False)
-    return wandb.init(mode=log.wandb, project=log.wandb_project, name=name, id=run_id, resume="allow",
-                      config=settings, dir=str(run_dir), settings=quiet)
+    wandb.teardown()
 
 
 class TensorBoardFile:
