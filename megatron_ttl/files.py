@@ -115,16 +115,21 @@ def checksum_bytes(payload: bytes | memoryview) -> str:
     return f"xxh3:{xxhash.xxh3_128(payload).hexdigest()}"
 
 
+def free_bytes(directory: Path) -> int:
+    """Return how many bytes may be written where `directory` lies, or will lie."""
+    place = directory.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 def require_free_space(directory: Path, needed_bytes: int, what: str) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Raises:
         DiskError: fewer than `needed_bytes` are free where `directory` lies (or will lie).
     """
-    place = directory.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_bytes(directory)
     if free < needed_bytes:
         raise DiskError(
             f"{directory}: {what} needs {human_bytes(needed_bytes)}, {human_bytes(free)} are free; "

@@ -109,7 +109,7 @@ def _ask_mpi(launcher: str) -> Ranks:
 
 def free_port() -> int:
     """Return a port of this machine that nobody listens on, below those that outgoing connections take."""
-    for port in random.Random(os.getpid()).sample(range(20_000, 32_000), 200):
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 200):  # processes of two containers may share a number
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))
@@ -131,6 +131,11 @@ def announce_ranks(ranks: Ranks) -> None:
     """Put the ranks into the environment in torchrun's words, where DeepSpeed looks for them."""
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank),
                       MASTER_ADDR=ranks.master_address or "127.0.0.1", MASTER_PORT=str(ranks.master_port or 29511))
+
+
+def set_default_variable(name: str, value: str) -> None:
+    """Set an environment variable that a library reads, unless the user has set it."""
+    os.environ.setdefault(name, value)
 
 
 def output_is_forwarded() -> bool:

@@ -32,6 +32,7 @@ APART = {("model", "data"), ("model", "tokenizer"), ("data", "model"), ("tokeniz
 DOORS = {
     "deepspeed": ("megatron_ttl/parallel/", "megatron_ttl/train/engine.py", "megatron_ttl/checkpoint/"),
     "wandb": ("megatron_ttl/train/tracking.py",),
+    "tensorboard": ("megatron_ttl/train/tracking.py",),
     "codecarbon": ("megatron_ttl/train/energy.py",),
     "transformers": ("megatron_ttl/checkpoint/hf.py",),
     "sentencepiece": ("megatron_ttl/tokenizer/",),
@@ -40,10 +41,10 @@ DOORS = {
     "megatron": (),  # megatron-core is an oracle of the tests
     "mpi4py": ("megatron_ttl/runtime.py",),
 }
-LAZY = {"wandb", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py"}  # inside the function that needs them
+LAZY = {"wandb", "tensorboard", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py"}  # inside the function that needs them
 WITHOUT_TORCH = ("megatron_ttl/config/", "megatron_ttl/errors.py", "megatron_ttl/files.py",
                  "megatron_ttl/console.py", "megatron_ttl/model/flops.py", "megatron_ttl/parallel/plan.py",
-                 "megatron_ttl/plan/")
+                 "megatron_ttl/plan/", "megatron_ttl/train/run_lock.py")
 ENVIRONMENT_READERS = ("megatron_ttl/runtime.py", "megatron_ttl/parallel/door.py")
 
 FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES, TOOL_LINES, CONFIG_FIELDS = 400, 400, 80, 60, 80

@@ -54,9 +54,21 @@ def capture(engine: Any, config: ModelConfig, mesh: Mesh) -> dict[str, dict[str,
         groups[kind] = {}
         for name, tensor in _read(engine, kind):
             if keepers[name] == mesh.data_parallel_rank:
-                groups[kind] |= _pieces(name, tensor, config, mesh)
+                groups[kind] |= _pieces(name, tensor.cpu(), config, mesh)
     groups[RNG] = {"torch": whole(torch.get_rng_state())} if mesh.is_first else {}
     return groups
+
+
+def outline(engine: Any, config: ModelConfig, mesh: Mesh) -> dict[str, dict[str, Piece]]:
+    """Return what `capture` would, of the same shapes and without memory for them; nothing is gathered."""
+    keepers = _keepers(engine, mesh)
+    pieces: dict[str, Piece] = {}
+    for name, parameter in engine.module.named_parameters():
+        if keepers[name] == mesh.data_parallel_rank:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            pieces |= _pieces(name, torch.empty(shape, dtype=torch.float32, device="meta"), config, mesh)
+    rng = {"torch": whole(torch.get_rng_state())} if mesh.is_first else {}
+    return {kind: pieces for kind in (WEIGHTS, *MOMENTS)} | {RNG: rng}
 
 
 def _keepers(engine: Any, mesh: Mesh) -> dict[str, int]:
@@ -73,7 +85,7 @@ def _keepers(engine: Any, mesh: Mesh) -> dict[str, int]:
 def _pieces(name: str, own: Tensor, config: ModelConfig, mesh: Mesh) -> dict[str, Piece]:
     parts = parts_of(name, config, mesh.layout, mesh.place.tensor)
     found = {}
-    for hf_name, part, tensor in zip(hf_names(name, config), parts, unpack(own.cpu(), parts), strict=True):
+    for hf_name, part, tensor in zip(hf_names(name, config), parts, unpack(own, parts), strict=True):
         alike = part.extent == part.shape  # every tensor rank has all of it: the first one keeps it
         if tensor.numel() and not (alike and mesh.place.tensor):
             found[hf_name] = Piece(tensor, part.shape, part.offset)

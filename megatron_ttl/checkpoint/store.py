@@ -151,18 +151,10 @@ class CheckpointStore:
         """
         first = peers.rank == 0
         rank = None if peers.world_size == 1 else peers.rank
-        pieces = {group: {key: tensor if isinstance(tensor, Piece) else whole(tensor)
-                          for key, tensor in found.items()} for group, found in tensors.items()}
+        pieces = _as_pieces(tensors)
         self.warnings = []
-        payload = b""
-
-        def describe() -> dict[str, Any]:
-            nonlocal payload
-            payload = encode_record(record) if first else b""
-            return {**describe_pieces(pieces, rank), "record_bytes": len(payload)}
-
-        plan = plan_manifest(step, together(peers, describe))
-        needed = sum(entry.bytes for entry in plan.files.values()) + len(plan.encode())
+        plan, payload = _plan(step, pieces, record, peers)
+        needed = _planned_bytes(plan)
         target = self._folder(step)
         name = f"{target.name}.tmp-{os.getpid()}"
 
@@ -185,6 +177,15 @@ class CheckpointStore:
         if first:
             self._remove_old(step)
         return Saved(target, True, needed)
+
+    def bytes_needed(self, tensors: Mapping[str, Mapping[str, Tensor | Piece]], record: Mapping[str, Any],
+                     peers: Peers = ALONE) -> int:
+        """Return how large a checkpoint of this would be, over all processes; tensors may be without memory.
+
+        Raises:
+            CheckpointError: the record is not JSON.
+        """
+        return _planned_bytes(_plan(0, _as_pieces(tensors), record, peers)[0])
 
     def _telling(self, action: Callable[[], Any], temporary: Path | None, step: int, needed: int) -> Any:
         """Do something; when the disk cannot, say what it would have needed."""
@@ -301,6 +302,29 @@ class CheckpointStore:
         return DiskError(f"{error.filename or self.directory}: the checkpoint of step {step} could not be "
                          f"written ({error.strerror or error}); it needs {human_bytes(needed)}, {free} are "
                          "free; free some space or repair the disk")
+
+
+def _as_pieces(tensors: Mapping[str, Mapping[str, Tensor | Piece]]) -> dict[str, dict[str, Piece]]:
+    return {group: {key: tensor if isinstance(tensor, Piece) else whole(tensor) for key, tensor in found.items()}
+            for group, found in tensors.items()}
+
+
+def _plan(step: int, pieces: Mapping[str, Mapping[str, Piece]], record: Mapping[str, Any], peers: Peers
+          ) -> tuple[Manifest, bytes]:
+    """Agree on what will be written; return the manifest without checksums, and the first process's record."""
+    rank = None if peers.world_size == 1 else peers.rank
+    payload = b""
+
+    def describe() -> dict[str, Any]:
+        nonlocal payload
+        payload = encode_record(record) if peers.rank == 0 else b""
+        return {**describe_pieces(pieces, rank), "record_bytes": len(payload)}
+
+    return plan_manifest(step, together(peers, describe)), payload
+
+
+def _planned_bytes(plan: Manifest) -> int:
+    return sum(entry.bytes for entry in plan.files.values()) + len(plan.encode())
 
 
 def _write_pieces(folder: Path, pieces: Mapping[str, Mapping[str, Piece]], rank: int | None) -> dict[str, str]:

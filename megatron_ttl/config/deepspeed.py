@@ -166,7 +166,7 @@ _NOT_OFFERED = {
     "parallel.data": "the processes that tensor and pipeline leave are data parallel",
     "checkpoint": "[checkpoint] of the run file and our own store keep the run",
     "wandb": "log.wandb of the run file owns it",
-    "tensorboard": "metrics.jsonl in the run folder has every figure",
+    "tensorboard": "log.tensorboard of the run file owns it",
     "csv_monitor": "metrics.jsonl in the run folder has every figure",
     "comet": "metrics.jsonl in the run folder has every figure",
     "flops_profiler": "the log line and metrics.jsonl give the MFU, from counted matrix products",

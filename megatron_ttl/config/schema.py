@@ -174,6 +174,8 @@ class LogConfig(Section):
     """Mirror to Weights & Biases; offline needs no network and is uploaded later with `wandb sync`."""
     wandb_project: str = "megatron_ttl"
     """Project name there."""
+    tensorboard: bool = False
+    """Mirror to event files under `tensorboard` in the run folder, for `tensorboard --logdir`."""
 
 
 class EnergyConfig(Section):

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from megatron_ttl.console import print_warning
 
 _SAVE_WAIT_S = 2.0
 _CLOSE_WAIT_S = 5.0
+_OVERDUE_S = 60.0  # codecarbon is imported, asks its hardware, or hangs
 _NEVER_S = 1e8  # codecarbon's own timer: longer than any run
 # Beginnings of codecarbon's descriptions of hardware that has a counter of energy or power.
 _MEASURED = ("gpu(", "cpu(intel rapl)", "cpu(windows emi)", "cpu(intel power gadget)", "applesiliconchip",
@@ -62,6 +64,7 @@ class EnergyMeter:
         self._sources: dict[str, str] = {}
         self._fault: str | None = None
         self._warned = False
+        self._measured_at = time.monotonic()
         self._wanted, self._answered, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         if config.enabled and measures:
@@ -69,7 +72,11 @@ class EnergyMeter:
 
     def __enter__(self) -> EnergyMeter:
         if self._thread is not None:
-            self._thread.start()
+            self._measured_at = time.monotonic()
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # no more threads
+                self._fail(f"{type(error).__name__}: {error}")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,6 +84,8 @@ class EnergyMeter:
             self._ended.set()
             self._wanted.set()
             self._thread.join(_CLOSE_WAIT_S)
+            if self._thread.is_alive():
+                self._fail("codecarbon does not answer")
 
     @property
     def totals(self) -> tuple[float, float]:
@@ -87,7 +96,7 @@ class EnergyMeter:
         """Return the totals of the last measurement for a row of metrics, at no cost; empty if switched off.
 
         `energy_source` says of each component whether it is measured or estimated; `energy_stale` is there,
-        and true, while the measurement fails.
+        and true, while the measurement fails or hangs.
         """
         if not self._config.enabled:
             return {}
@@ -95,19 +104,30 @@ class EnergyMeter:
         row: dict[str, Any] = {"energy_kwh": energy_kwh, "emissions_kg_co2e": emissions_kg}
         if self._sources:
             row["energy_source"] = dict(self._sources)
-        if self._fault is not None:
+        if self._fault is not None or self._overdue:
             row["energy_stale"] = True
         return row
 
-    def state(self) -> dict[str, Any]:
-        """Measure now, waiting no longer than two seconds, and return what a checkpoint must carry."""
+    def state(self, wait: bool = False) -> dict[str, Any]:
+        """Return what a checkpoint must carry, and ask for a measurement.
+
+        Args:
+            wait: for that measurement, no longer than two seconds: before the last save of a run. Without it the totals
+                are at most `measure_power_s` old, and training goes on at once.
+        """
         if self._thread is not None and self._thread.is_alive():
             self._answered.clear()
             self._wanted.set()
-            self._answered.wait(_SAVE_WAIT_S)
+            if wait:
+                self._answered.wait(_SAVE_WAIT_S)
         energy_kwh, emissions_kg = self.totals
         return {"energy_kwh": energy_kwh, "emissions_kg_co2e": emissions_kg,
                 "energy_source": dict(self._sources), "country_iso_code": self._config.country_iso_code}
+
+    @property
+    def _overdue(self) -> bool:
+        return (self._thread is not None
+                and time.monotonic() - self._measured_at > self._config.measure_power_s + _OVERDUE_S)
 
     def _receive(self, energy_kwh: float, emissions_kg: float) -> None:
         """Keep the tracker's totals; never step back and never take what is not a number."""
@@ -137,7 +157,7 @@ class EnergyMeter:
         except Exception as error:
             self._fail(f"{type(error).__name__}: {error}")
         else:
-            self._fault = None
+            self._fault, self._measured_at = None, time.monotonic()
             if failed:
                 self._fail("codecarbon could not measure")
         self._answered.set()

@@ -23,6 +23,7 @@ from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.anomalies import DivergedError
 from megatron_ttl.train.engine import StepResult
 from megatron_ttl.train.failure import told_once, waiting_for_peers
+from megatron_ttl.train.run_lock import RunLock
 from megatron_ttl.train.session import Session, prepare
 from megatron_ttl.train.stop import StopRequest
 from megatron_ttl.train.switches import Switches
@@ -31,13 +32,14 @@ from megatron_ttl.train.watchdog import Watchdog
 _WATCHDOG_FIRST_S = 60.0  # how much longer a collective waits than any section may last
 
 
-def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest) -> ExitCode:
+def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest, lock: RunLock | None = None) -> ExitCode:
     """Run, or go on with, the pretraining that the settings describe.
 
     Args:
         settings: from `load_settings`.
         ranks: from `discover_ranks`.
         stop: installed already; a request that came during preparation is honoured after the first step.
+        lock: on the run folder, taken by the first process before the slow imports.
 
     Raises:
         UserError: something is missing, damaged or contradictory; found before the first step.
@@ -48,7 +50,7 @@ def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest) -> ExitCode:
             mesh = join(ranks, limits.longest_s + _WATCHDOG_FIRST_S)
         try:
             with told_once(mesh, watchdog):
-                session = prepare(settings, mesh, watchdog)
+                session = prepare(settings, mesh, watchdog, lock)
             with closing(session), told_once(mesh, watchdog):
                 return train(session, stop)
         finally:
@@ -257,7 +259,7 @@ def save(session: Session, last: bool = False, waits: bool = False) -> bool:
     if session.saver.pending:
         settle(session)
     pieces = capture(session.engine.deepspeed, session.run.model, session.mesh)
-    session.saver.begin(session.state.step, pieces, session.record())
+    session.saver.begin(session.state.step, pieces, session.record(last))
     session.saver.stall_s = time.perf_counter() - began
     return settle(session, last) if last or waits else False
 

@@ -1,4 +1,4 @@
-"""Rows of metrics: kept in metrics.jsonl, shown on one line each, mirrored to Weights & Biases."""
+"""Rows of metrics: kept in metrics.jsonl, shown on one line each, mirrored to Weights & Biases and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_ttl.files import human_bytes
 from megatron_ttl.model.flops import flops_per_token
 from megatron_ttl.train.device_peaks import model_flops_utilisation, peak_flops_per_s
 from megatron_ttl.train.row_file import RowFile
-from megatron_ttl.train.tracking import WandbMirror
+from megatron_ttl.train.tracking import Mirrors
 
 
 class MetricLogger:
-    """Take rows and bring them to the file, the screen and the mirror; a context manager.
+    """Take rows and bring them to the file, the screen and the mirrors; a context manager.
 
     A row is a flat dict with `event` (train, evaluation, checkpoint, resume), `step` and `tokens`. To a train
     row are added `mfu` and `eta_s`; to every row the time. A process that does not write takes rows and drops
@@ -33,15 +33,15 @@ class MetricLogger:
         self._flops_per_token = flops_per_token(run.model, run.train.sequence_length, "C")
         self.wandb_run_id = wandb_run_id
         self._file: RowFile | None = None
-        self._mirror: WandbMirror | None = None
+        self._mirrors: Mirrors | None = None
         self._screen: Screen | None = None
         if writes:
             path = Path(path)
             self._file = RowFile(path)
             self._screen = Screen(self._total_steps, stream or sys.stdout)
             settings = {"run": run.model_dump(mode="json"), "deepspeed": deepspeed}
-            self._mirror = WandbMirror(run.log, path.parent, path.parent.name, settings, wandb_run_id)
-            self.wandb_run_id = self._mirror.run_id or wandb_run_id
+            self._mirrors = Mirrors(run.log, path.parent, settings, wandb_run_id)
+            self.wandb_run_id = self._mirrors.wandb_run_id or wandb_run_id
 
     def __enter__(self) -> MetricLogger:
         return self
@@ -54,15 +54,15 @@ class MetricLogger:
         row = self._complete(values)
         if self._file is not None:
             self._file.append(row)
-        if self._mirror is not None:
-            self._mirror.log(row, row["step"])
+        if self._mirrors is not None:
+            self._mirrors.log(row, row["step"])
         if self._screen is not None:
             self._screen.show(row)
         return row
 
     def close(self) -> None:
-        """End the file, the screen and the mirror."""
-        for part in (self._screen, self._file, self._mirror):
+        """End the file, the screen and the mirrors."""
+        for part in (self._screen, self._file, self._mirrors):
             if part is not None:
                 part.close()
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_ttl.checkpoint.peers import ALONE, Peers
 from megatron_ttl.checkpoint.store import Checkpoint, CheckpointStore
@@ -15,7 +13,6 @@ from megatron_ttl.config.describe import show
 from megatron_ttl.config.load import Settings
 from megatron_ttl.errors import CheckpointError, ConfigError, raise_faults
 from megatron_ttl.files import write_json, write_text
-from megatron_ttl.runtime import describe_process
 from megatron_ttl.train.changed_settings import (
     SETTINGS,
     change_faults,
@@ -25,53 +22,33 @@ from megatron_ttl.train.changed_settings import (
     read_settings_of_record,
     skip_fault,
 )
+from megatron_ttl.train.run_lock import RunLock
 
 
 class RunFolder:
-    """Paths of a run, and the lock that keeps a second run out."""
+    """Paths of a run, and the lock that keeps a second run out: the one given, or one of its own."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, lock: RunLock | None = None) -> None:
         self.settings = settings
         self.path = Path(settings.run.run.dir)
         self.metrics_path = self.path / "metrics.jsonl"
         self.tokenizer_path = self.path / "tokenizer"
-        self._lock: IO[str] | None = None
         self._history: list[dict[str, Any]] = []
+        self.lock = lock or RunLock()
         keep = settings.run.checkpoint
         self.store = CheckpointStore(self.path / "checkpoints", keep.keep_last, keep.keep_every_steps)
 
     def claim(self) -> None:
-        """Take the folder for this process; the lock goes with the process, so none is ever stale.
+        """Take the folder for this process, unless it has it.
 
         Raises:
             ConfigError: another run has it, or it cannot be written.
         """
-        lock_path = self.path / "run.lock"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(lock_path, "a+", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"run.dir: '{self.path}' cannot be written ({error.strerror}); it must be a folder of "
-                              "yours; choose another run.dir") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "an unknown process"
-            self._lock.close()
-            self._lock = None
-            raise ConfigError(f"run.dir: '{self.path}' is in use by {owner}; a run folder has one run at a time; wait "
-                              "for it, stop it, or choose another run.dir") from None
-        self._lock.seek(0)
-        self._lock.truncate()
-        self._lock.write(f"{describe_process()}, since {time.strftime('%F %T')}\n")
-        self._lock.flush()
+        self.lock.take(self.path)
 
     def release(self) -> None:
         """Let the next run in."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self.lock.release()
 
     def starting_point(self, peers: Peers = ALONE) -> tuple[Checkpoint | None, list[str]]:
         """Find where the run goes on: its own newest valid checkpoint, else the one it branches from, else nowhere.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_ttl.checkpoint.state import restore
+from megatron_ttl.checkpoint.state import outline, restore
 from megatron_ttl.checkpoint.store import Checkpoint
 from megatron_ttl.config.deepspeed import resolve_deepspeed
 from megatron_ttl.config.degrees import data_parallel_size_of, device_faults
@@ -17,7 +17,7 @@ from megatron_ttl.config.load import Settings
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
 from megatron_ttl.errors import ConfigError, UserError, raise_faults
-from megatron_ttl.files import require_free_space
+from megatron_ttl.files import free_bytes, human_bytes, require_free_space
 from megatron_ttl.model.flops import BYTES_PER_PARAMETER, count_parameters
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.runtime import environment_report, seed_everything
@@ -29,6 +29,7 @@ from megatron_ttl.train.metrics import MetricLogger
 from megatron_ttl.train.open_data import open_data, tokenizer_directory
 from megatron_ttl.train.row_file import trim_rows
 from megatron_ttl.train.run_folder import RunFolder
+from megatron_ttl.train.run_lock import RunLock
 from megatron_ttl.train.saver import Saver
 from megatron_ttl.train.schedule import Schedule
 from megatron_ttl.train.watchdog import Watchdog
@@ -107,9 +108,13 @@ class Session:
             own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
         return int(self.mesh.largest(own))
 
-    def record(self) -> dict[str, Any]:
-        """Return the small part of a checkpoint: position, totals, and what explains them; every process must call."""
-        energy = self.energy.state()
+    def record(self, last: bool = False) -> dict[str, Any]:
+        """Return the small part of a checkpoint: position, totals, and what explains them; every process must call.
+
+        Args:
+            last: whether the run ends with it: then it waits for a last measurement of the energy.
+        """
+        energy = self.energy.state(wait=last)
         energy["energy_kwh"], energy["emissions_kg_co2e"] = self.mesh.sum(*self.energy.totals)
         return {"step": self.state.step, "updates": self.state.updates, "consumed_samples": self.state.consumed_samples,
                 "consumed_tokens": self.state.consumed_tokens, "epochs": self.epochs(),
@@ -125,13 +130,14 @@ class Session:
         self.folder.release()
 
 
-def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None) -> Session:
+def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lock: RunLock | None = None) -> Session:
     """Open and check everything, build the engine, and go to where the run stands.
 
     Args:
         settings: from `load_settings`.
         mesh: from `join`.
         watchdog: running; None for none.
+        lock: on the run folder, if it is taken already.
 
     Raises:
         UserError: with all faults of a kind; every process raises, and none is left waiting.
@@ -142,7 +148,7 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None) ->
     dataset, held_out = open_data(run)
     resolved = resolve_deepspeed(settings, data_parallel_size_of(settings, mesh.world_size))
     mesh = mesh.cut(profile.cut.tensor, profile.cut.pipeline, profile.cut.sequence)
-    folder = RunFolder(settings)
+    folder = RunFolder(settings, lock)
     checkpoint = _claim(folder, mesh)
     seed_everything(run.run.seed)
     engine = Engine(run, resolved, mesh, profile.recompute)
@@ -210,5 +216,8 @@ def _introduce(session: Session, checkpoint: Checkpoint | None) -> None:
     session.say("; ".join(f"{len(group['names'])} tensors with weight decay {group['weight_decay']}"
                           for group in session.engine.decay_groups)
                 + f"; {sum(dataset.remainder_tokens):,} tokens of the data left over by whole sequences")
+    needed = session.folder.store.bytes_needed(outline(session.engine.deepspeed, run.model, session.mesh),
+                                                              session.record(), session.mesh)
+    session.say(f"a checkpoint needs {human_bytes(needed)}, {human_bytes(free_bytes(session.folder.path))} are free")
     if session.state.step:
         session.metrics.row({"event": "resume", "step": session.state.step, "tokens": session.state.consumed_tokens})

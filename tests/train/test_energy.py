@@ -61,7 +61,7 @@ def test_300_watts_for_an_hour_are_exactly_0_3_kwh(tmp_path):
     with meter_of(tmp_path, made=made) as meter:
         wait_for(lambda: made and "flush" in made[0].calls)
         made[0].now_s = 3600.0
-        state = meter.state()
+        state = meter.state(wait=True)
         assert state["energy_kwh"] == 0.3
         assert state["emissions_kg_co2e"] == pytest.approx(0.03, rel=1e-15)
         assert meter.reading()["energy_source"] == {"ram": "estimated", "gpu": "measured"}
@@ -105,9 +105,9 @@ def test_totals_go_on_after_a_resume_and_never_step_back(tmp_path):
             seen.append(meter.reading()["energy_kwh"])
             wait_for(lambda: "flush" in made[-1].calls if made else False)
             made[-1].now_s = hours * 3600.0
-            carried = meter.state()
+            carried = meter.state(wait=True)
             made[-1].now_s = 0.0  # a tracker that starts again from zero
-            seen.append(meter.state()["energy_kwh"])
+            seen.append(meter.state(wait=True)["energy_kwh"])
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(0.3 * 3.5, rel=1e-12)
 
@@ -152,7 +152,7 @@ def test_a_failing_tracker_is_one_warning_and_the_totals_stay(tmp_path, capsys, 
     with meter_of(tmp_path, carried=carried, tracker=tracker) as meter:
         wait_for(lambda: "energy_stale" in meter.reading())
         for _ in range(3):
-            assert meter.state()["energy_kwh"] == 2.5
+            assert meter.state(wait=True)["energy_kwh"] == 2.5
             assert meter.reading()["energy_kwh"] == 2.5
     error = capsys.readouterr().err
     assert error.count("warning: energy:") == 1
@@ -165,10 +165,10 @@ def test_a_passing_failure_is_forgotten(tmp_path, capsys):
         wait_for(lambda: made and "flush" in made[0].calls)
         good = made[0].flush
         made[0].flush = lambda: None
-        meter.state()
+        meter.state(wait=True)
         assert meter.reading()["energy_stale"] is True
         made[0].flush, made[0].now_s = good, 3600.0
-        assert meter.state()["energy_kwh"] == 0.3
+        assert meter.state(wait=True)["energy_kwh"] == 0.3
         assert "energy_stale" not in meter.reading()
     assert capsys.readouterr().err.count("warning") == 1
 
@@ -177,8 +177,45 @@ def test_a_missing_package_is_one_warning(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     with EnergyMeter(BRAZIL, tmp_path) as meter:
         wait_for(lambda: "energy_stale" in meter.reading())
-        meter.state()
+        meter.state(wait=True)
     assert capsys.readouterr().err.count("warning: energy: ModuleNotFoundError") == 1
+
+
+def test_a_save_that_is_not_the_last_waits_for_nothing(tmp_path):
+    """The measurement that it asks for is in the next one."""
+    made = []
+    with meter_of(tmp_path, made=made) as meter:
+        wait_for(lambda: made and "flush" in made[0].calls)
+        good, measuring, go_on = made[0].flush, threading.Event(), threading.Event()
+
+        def slow():
+            measuring.set()
+            go_on.wait(10)
+            return good()
+
+        made[0].flush, made[0].now_s = slow, 3600.0
+        started = time.monotonic()
+        assert meter.state()["energy_kwh"] == 0.0
+        assert time.monotonic() - started < 0.5
+        assert measuring.wait(5)
+        go_on.set()
+        wait_for(lambda: meter.state()["energy_kwh"] == 0.3)
+
+
+def test_a_measurement_that_hangs_is_told_in_the_rows(tmp_path, monkeypatch, capsys):
+    release = threading.Event()
+
+    class Blocks(FakeTracker):
+        def flush(self) -> None:
+            release.wait(60)
+
+    monkeypatch.setattr(energy, "_OVERDUE_S", -59.9)
+    monkeypatch.setattr(energy, "_CLOSE_WAIT_S", 0.1)
+    with meter_of(tmp_path, tracker=Blocks) as meter:
+        assert "energy_stale" not in meter.reading()
+        wait_for(lambda: meter.reading().get("energy_stale"))
+    release.set()
+    assert capsys.readouterr().err.count("warning: energy: codecarbon does not answer") == 1
 
 
 def test_a_blocking_tracker_delays_neither_a_row_nor_the_end(tmp_path, monkeypatch):
@@ -194,7 +231,7 @@ def test_a_blocking_tracker_delays_neither_a_row_nor_the_end(tmp_path, monkeypat
     with meter_of(tmp_path, tracker=Blocks) as meter:
         for _ in range(1000):
             meter.reading()
-        meter.state()
+        meter.state(wait=True)
     assert time.monotonic() - started < 2.0
     release.set()
 
@@ -213,7 +250,7 @@ def test_a_real_short_run_reads_more_and_more(tmp_path, monkeypatch):
         first = meter.reading()
         time.sleep(0.5)
         started = time.monotonic()
-        state = meter.state()
+        state = meter.state(wait=True)
         assert time.monotonic() - started < 1.0
     assert state["energy_kwh"] > first["energy_kwh"]
     portugal_kg_per_kwh = 0.16555

@@ -112,12 +112,12 @@ def test_the_mirror_gets_every_row_and_its_run_goes_on(tmp_path, monkeypatch):
             seen.append("end")
 
     opened = []
-    monkeypatch.setattr(tracking, "open_wandb", lambda *given: opened.append(given) or Remote())
+    monkeypatch.setattr(tracking, "WandbRun", lambda *given: opened.append(given) or Remote())
     run = RUN.model_copy(update={"log": RUN.log.model_copy(update={"wandb": "offline"})})
     with MetricLogger(tmp_path / "metrics.jsonl", run, {"zero": 1}, wandb_run_id="ab12cd34",
                       stream=io.StringIO()) as metrics:
         metrics.row(ROW)
         assert metrics.wandb_run_id == "ab12cd34"
     assert seen == [(10, "train"), "end"]
-    assert opened[0][2] == tmp_path.name
-    assert opened[0][3]["deepspeed"] == {"zero": 1} and opened[0][4] == "ab12cd34"
+    assert opened[0][1] == tmp_path
+    assert opened[0][2]["deepspeed"] == {"zero": 1} and opened[0][3] == "ab12cd34"
