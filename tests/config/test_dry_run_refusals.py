@@ -21,7 +21,7 @@ from megatron_ttl.config.describe import leaf_keys
 from megatron_ttl.config.load import load_settings
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.errors import ConfigError
-from megatron_ttl.plan.forecast import dry_run
+from megatron_ttl.plan.forecast import dry_run, forecast
 
 FULL_RUN = tomllib.loads(RUN) | {"evaluation": {"prefixes": ["data/h"], "every_steps": 5, "max_tokens": 640},
                                  "log": {"every_steps": 5, "wandb": "offline", "wandb_project": "p"}}
@@ -306,3 +306,14 @@ def test_help_of_every_command_needs_no_torch(repository):
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("loaded:")] == [f"loaded: {c} []" for c in commands]
     assert "--allow-change KEY" in done.stdout
+
+
+@pytest.mark.parametrize(("blocks", "stages", "processes"), [
+    (100, 101, 101), pytest.param(512, 513, 513, marks=pytest.mark.long), pytest.param(2, 1, 2**18, marks=pytest.mark.long)])
+def test_the_largest_plans_are_quick_too(tmp_path, blocks, stages, processes):
+    """As many stages or processes as the settings may ask for: a plan, and no hang."""
+    files = write(tmp_path, RUN, {**PROFILE, "parallel": {"pipeline": stages}})
+    began = time.process_time()
+    loaded = load_settings(*files, [f"model.num_hidden_layers={blocks}", f"train.tokens_per_step={processes * 128}"])
+    plan = forecast(loaded, processes)
+    assert len(plan["layout"]["stages"]) == stages and time.process_time() - began < 5
