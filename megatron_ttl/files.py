@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +35,23 @@ def fsync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(directory: str | os.PathLike[str]) -> None:
+    """Make a folder, and those above it that are missing, so that their names survive a power cut.
+
+    Raises:
+        OSError: what the disk said.
+    """
+    missing = []
+    place = Path(directory)
+    while not place.is_dir():
+        missing.append(place)
+        place = place.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        with suppress(PermissionError):  # a folder may let its owner write into it and not read it
+            fsync_directory(folder.parent)
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success it takes the name `path`, on failure it is gone.
@@ -43,7 +60,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         OSError: what the disk said; the file at `path` is untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     encoding = None if "b" in mode else "utf-8"
     try:
@@ -68,7 +85,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: what the disk said; the folder at `path` is untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary, former = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "former"))
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
     temporary.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from pathlib import Path
@@ -13,30 +14,32 @@ from store_peers import on_all
 from store_trials import STORES, bytes_of, is_state, save
 
 from megatron_ttl.checkpoint.peers import ALONE
+from megatron_ttl.errors import DiskError
 
 
-def log_saves(top: Path, log: Path, kind: str, world_size: int, steps: list[int], refused: dict[int, int]) -> None:
+def log_saves(top: Path, log: Path, kind: str, world_size: int, steps: list[int], refused: int | None) -> None:
     """Save some steps, keeping one, into a folder that has yet to be made; with a note after each.
 
     Args:
-        refused: step -> the call of its first save at which the disk fails; it is then saved again.
+        refused: the call of the last save at which the disk fails; it is then saved again.
     """
     store = STORES[kind](top / "runs" / "run" / "checkpoints", keep_last=1)
 
-    def saves(peers: Any) -> None:
-        save(store, step, peers if world_size > 1 else ALONE)
+    def saved(step: int, **hit: int) -> bool:
+        shim.arm(top, shim.LOG, log=log, **hit)
+        ended = on_all(world_size, lambda peers: save(store, step, peers if world_size > 1 else ALONE))
+        errors = [error for error in ended if isinstance(error, Exception)]
+        assert all(hit and isinstance(error, DiskError) for error in errors), errors
+        if not errors:
+            shim.note(f"saved {step}")
+        shim.disarm()
+        return not errors
 
     top.mkdir()
-    shim.arm(top, shim.LOG, log=log)
     for step in steps:
-        if step in refused:
-            shim.arm(top, shim.FAIL, refused[step], refused[step] + 1, error=5)
-            on_all(world_size, saves)
-            shim.disarm()
-        ended = on_all(world_size, saves)
-        assert not any(isinstance(error, Exception) for error in ended), ended
-        shim.note(f"saved {step}")
-    shim.disarm()
+        if refused and step == steps[-1] and saved(step, n=refused, to=refused + 1, error=errno.EIO):
+            return
+        assert saved(step)
 
 
 def cut(disk: Disk, to: Path, kind: str, saved: int, coming: int | None, fate: tuple[str, str], seed: int,
@@ -54,7 +57,7 @@ def cut(disk: Disk, to: Path, kind: str, saved: int, coming: int | None, fate: t
             return f"wrong: not what was saved at step {found.step}"
         if goes_on:
             save(store, 1000)
-            left = {name.split("/")[0] for name in bytes_of(store.directory)}
+            left = {name.split("/")[0] for name in bytes_of(store.directory)} - {"latest"}
             if left != {"step-00001000"} or not is_state(store.latest_valid(), 1000):
                 return f"does not go on: {sorted(left)}"
     except Exception as error:  # noqa: BLE001: whatever it is, nobody can resume
@@ -65,11 +68,17 @@ def cut(disk: Disk, to: Path, kind: str, saved: int, coming: int | None, fate: t
 
 
 def cut_points(folder: str, kind: str = "ours", world_size: int = 1, steps: tuple[int, ...] = (10, 20), draws: int = 2,
-               stride: int = 1) -> dict[str, Any]:
-    """Cut the power after every call of some saves (or every few), in every mode and in some drawn ones."""
+               stride: int = 1, refused: int | None = None) -> dict[str, Any]:
+    """Cut the power after every call of some saves (or every few), in every mode and in some drawn ones.
+
+    Args:
+        draws: so many times more, with a fate drawn for every file and folder.
+        stride: only before every so-manieth call.
+        refused: the call of the last save at which the disk fails; it is then saved again.
+    """
     began, base = time.perf_counter(), Path(folder)
     base.mkdir()
-    log_saves(base / "real", base / "log", kind, world_size, list(steps), {})
+    log_saves(base / "real", base / "log", kind, world_size, list(steps), refused)
     operations = shim.read_log(base / "log")
     disk, faults, trials = Disk(base / "real"), [], 0
     fates = [(files, names) for files in FILES for names in NAMES] + [("mixed", "mixed")] * draws

@@ -59,16 +59,15 @@ def serve(library: Path, folder: Path, *preload: str) -> Iterator[Server]:
         server.close()
 
 
-def in_fork(action: Callable[[], None], hung_s: int = HUNG_S) -> int:
-    """Start a child that does something and ends with 0, or 1 and a traceback; SIGALRM ends what hangs."""
+def in_fork(action: Callable[[], int | None], hung_s: int = HUNG_S) -> int:
+    """Start a child that does something and ends with what it returns, or 1 and a traceback; SIGALRM ends what hangs."""
     child = os.fork()
     if child:
         return child
     status = 1
     try:
         signal.alarm(hung_s)
-        action()
-        status = 0
+        status = action() or 0
     except BaseException:  # noqa: BLE001: a fork must never go back into its parent's code
         traceback.print_exc()
     finally:

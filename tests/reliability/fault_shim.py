@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 COUNT, KILL, TORN, FAIL, SHORT, LOG = range(1, 7)
-"""Do nothing; kill before the call; write half and kill; let the disk fail; write half, then let it fail; keep a log."""
+"""Do nothing; kill before the call; write half and kill; let the disk fail; write half, then let it fail; keep a log.
+
+With a log the disk may fail as well; what failed is not in it.
+"""
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 EVER = 1 << 60
 
@@ -37,7 +40,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def arm(folder: Path, mode: int, n: int = 0, to: int = EVER, error: int = 0, log: Path | None = None) -> None:
+def arm(folder: Path, mode: int, n: int = EVER, to: int = EVER, error: int = 0, log: Path | None = None) -> None:
     """Hit the calls that change `folder` or what is in it, from number n (of 1, 2, ...) up to before number `to`."""
     assert os.path.realpath(folder.parent) == str(folder.parent), "the shim compares paths as they are"
     refused = _library().ttl_arm(os.fsencode(folder), mode, n, to, error, os.fsencode(log) if log else None)

@@ -50,7 +50,7 @@ static int plain_open(const char *path, int flags) {
 
 /* --- for the tests --- */
 
-/* Watch a folder (a real path). KILL, TORN, FAIL and SHORT hit the calls number n, counted from 1, up to before `to`. */
+/* Watch a folder (a real path). Hit the calls number n, counted from 1, up to before `to`; LOG hits them like FAIL. */
 int ttl_arm(const char *folder, int mode, long n, long to, int error, const char *log) {
     if (strlen(folder) >= PATH_MAX) return -1;
     strcpy(watch.folder, folder);
@@ -127,7 +127,7 @@ static enum verdict before(enum kind kind, const char *path) {
     if (n >= watch.from && n < watch.to) {
         if (watch.mode == KILL) kill(getpid(), SIGKILL), pause();
         if (watch.mode == TORN || (watch.mode == SHORT && n == watch.from && kind == WRITE)) return HALF;
-        if ((watch.mode == FAIL || watch.mode == SHORT) && refuses(kind)) {
+        if (watch.mode != COUNT && refuses(kind)) {
             pthread_mutex_unlock(&lock);
             errno = watch.error;
             return REFUSED;
