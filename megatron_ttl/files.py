@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -105,6 +106,36 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     fsync_directory(path.parent)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path, names: Iterable[str]) -> None:
+    """Delete what killed atomic writes of these names have left; only for who knows that no other is at work.
+
+    Raises:
+        OSError: what the disk said.
+    """
+    leftover = re.compile(rf"\.(?:{'|'.join(map(re.escape, names))})\.(?:tmp|former)-[0-9]+")
+    for entry in list(os.scandir(directory)):
+        if leftover.fullmatch(entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+
+
+@contextmanager
+def or_disk_error(place: Path) -> Iterator[None]:
+    """Let what the disk refuses inside end as one sentence about `place`.
+
+    Raises:
+        DiskError: for every OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror or error
+        raise DiskError(f"{error.filename or place}: could not be written ({reason}); it must be, for the run to be "
+                        "kept; free some space or repair the disk") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

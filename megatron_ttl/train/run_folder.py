@@ -15,8 +15,10 @@ from megatron_ttl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_ttl.config.changes import forbidden_changes
 from megatron_ttl.config.load import Settings
 from megatron_ttl.errors import CheckpointError, ConfigError, raise_faults
-from megatron_ttl.files import write_json, write_text
+from megatron_ttl.files import atomic_directory, make_directory, or_disk_error, remove_leftovers, write_json, write_text
 from megatron_ttl.runtime import describe_process
+
+_DESCRIPTION = ("run.toml", "deepspeed.json", "settings.json", "tokenizer")
 
 
 class RunFolder:
@@ -36,10 +38,11 @@ class RunFolder:
 
         Raises:
             ConfigError: another run has it, or it cannot be written.
+            DiskError: the disk cannot take even that.
         """
         lock_path = self.path / "run.lock"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             self._lock = open(lock_path, "a+", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run.dir: '{self.path}' cannot be written ({error.strerror}); it must be a folder of "
@@ -53,10 +56,10 @@ class RunFolder:
             self._lock = None
             raise ConfigError(f"run.dir: '{self.path}' is in use by {owner}; a run folder has one run at a time; wait "
                               "for it, stop it, or choose another run.dir") from None
-        self._lock.seek(0)
-        self._lock.truncate()
-        self._lock.write(f"{describe_process()}, since {time.strftime('%F %T')}\n")
-        self._lock.flush()
+        with or_disk_error(self.path):
+            os.truncate(lock_path, 0)
+            os.write(self._lock.fileno(), f"{describe_process()}, since {time.strftime('%F %T')}\n".encode())
+            remove_leftovers(self.path, _DESCRIPTION)
 
     def release(self) -> None:
         """Let the next run in."""
@@ -97,17 +100,21 @@ class RunFolder:
                                   "checkpoints; restore the file or choose another run.dir") from None
 
     def describe(self, deepspeed_settings: dict[str, Any], versions: dict[str, str], tokenizer: Path) -> None:
-        """Write the settings as given and as resolved, and a copy of the tokenizer."""
+        """Write the settings as given and as resolved, and a copy of the tokenizer.
+
+        Raises:
+            DiskError: the disk cannot take them.
+        """
         settings = self.settings
-        write_text(self.path / "run.toml", settings.run_text)
-        write_text(self.path / "deepspeed.json", settings.deepspeed_text)
-        write_json(self.path / "settings.json", {"run": settings.run.model_dump(mode="json"),
-                                                 "deepspeed": deepspeed_settings, "origins": settings.origins,
-                                                 "versions": versions})
-        if not self.tokenizer_path.exists():
-            temporary = self.path / f"tokenizer.tmp-{os.getpid()}"
-            shutil.copytree(tokenizer, temporary)
-            os.replace(temporary, self.tokenizer_path)
+        with or_disk_error(self.path):
+            write_text(self.path / "run.toml", settings.run_text)
+            write_text(self.path / "deepspeed.json", settings.deepspeed_text)
+            write_json(self.path / "settings.json", {"run": settings.run.model_dump(mode="json"),
+                                                     "deepspeed": deepspeed_settings, "origins": settings.origins,
+                                                     "versions": versions})
+            if not self.tokenizer_path.exists():
+                with atomic_directory(self.tokenizer_path) as temporary:
+                    shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
 
 
 def open_checkpoint(path: Path, peers: Peers = ALONE) -> Checkpoint:
