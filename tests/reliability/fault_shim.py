@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ With a log the disk may fail as well; what failed is not in it.
 """
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 EVER = 1 << 60
+KINDS = 29
+"""How many kinds of calls Python can make."""
 
 
 def build(folder: Path) -> Path:
@@ -36,7 +39,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(None)
     library.ttl_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int,
                                 ctypes.c_char_p]
-    library.ttl_disarm.restype = ctypes.c_long
+    library.ttl_disarm.restype = library.ttl_refused.restype = ctypes.c_long
     return library
 
 
@@ -50,6 +53,11 @@ def arm(folder: Path, mode: int, n: int = EVER, to: int = EVER, error: int = 0, 
 def disarm() -> int:
     """Stop; return how many calls there were."""
     return int(_library().ttl_disarm())
+
+
+def refused() -> int:
+    """Return at how many of the calls the disk has failed."""
+    return int(_library().ttl_refused())
 
 
 def note(word: str) -> None:
@@ -80,3 +88,58 @@ def read_log(path: Path) -> list[Operation]:
         found.append(Operation(what, name, other, int(offset), int(size), rest[:taken]))
         rest = rest[taken:]
     return found
+
+
+def make_every_call(folder: Path, other: Path) -> list[list[int]]:
+    """Make every kind of call inside `folder`, then in `other`, which nobody watches; return how often each was counted.
+
+    And how often it was refused, with the disk failing for good.
+    """
+    found = []
+    for place, mode in ((folder, COUNT), (other, COUNT), (folder, FAIL)):
+        place.mkdir(exist_ok=True)
+        found.append([_counted(folder, place, mode, call) for call in range(KINDS)])
+        shutil.rmtree(place)
+    return found
+
+
+def _counted(watched: Path, place: Path, mode: int, number: int) -> int:
+    """Make one call in a fresh folder."""
+    shutil.rmtree(place)
+    (place / "sub").mkdir(parents=True)
+    for name in ("file", "source"):
+        (place / name).write_bytes(b"0123456789")
+    calls = _calls(place)
+    assert len(calls) == KINDS
+    call = calls[number]
+    arm(watched, mode, n=1, error=errno.EIO)
+    try:
+        call()
+    except OSError as error:
+        assert error.errno == errno.EIO, error
+    counted = disarm()
+    return refused() if mode == FAIL else counted
+
+
+def _calls(place: Path) -> list[Callable[[], object]]:
+    path, new = str(place / "file"), str(place / "new")
+    fd, source = os.open(path, os.O_RDWR), os.open(place / "source", os.O_RDONLY)
+    inside = os.open(place, os.O_RDONLY)
+    times = (1, 1)
+    return [
+        lambda: os.open(new, os.O_CREAT | os.O_WRONLY), lambda: os.open(path, os.O_TRUNC | os.O_WRONLY),
+        lambda: os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=inside), lambda: open(new, "x").close(),
+        lambda: os.write(fd, b"abc"), lambda: os.pwrite(fd, b"abc", 2), lambda: os.writev(fd, [b"abc", b"d"]),
+        lambda: os.pwritev(fd, [b"abc", b"d"], 2), lambda: os.sendfile(fd, source, 0, 10),
+        lambda: os.copy_file_range(source, fd, 10), lambda: os.truncate(path, 3), lambda: os.ftruncate(fd, 3),
+        lambda: os.fsync(fd), lambda: os.fdatasync(fd), lambda: os.fsync(inside), lambda: os.mkdir(new),
+        lambda: os.mkdir("new", dir_fd=inside), lambda: os.rename(path, new), lambda: os.replace(path, new),
+        lambda: os.rename("file", "new", src_dir_fd=inside, dst_dir_fd=inside), lambda: os.link(path, new),
+        lambda: os.symlink(path, new), lambda: os.unlink(path), lambda: os.unlink("file", dir_fd=inside),
+        lambda: os.rmdir(place / "sub"), lambda: os.rmdir("sub", dir_fd=inside), lambda: os.chmod(path, 0o600),
+        lambda: os.fchmod(fd, 0o600), lambda: os.utime(path, times)]
+
+
+def every_call(folder: str) -> list[list[int]]:
+    """For the server."""
+    return make_every_call(Path(folder) / "watched", Path(folder) / "watched-not")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -24,24 +25,36 @@ from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.failure import told_once
 
 STEPS = 6
-OVERRIDES = [f"train.steps={STEPS}", "checkpoint.every_steps=2", "checkpoint.keep_last=1", "evaluation.every_steps=3"]
-"""Three saves, two of them followed by a deletion."""
+CADENCE = ["checkpoint.every_steps=2", "evaluation.every_steps=3"]
+"""Three saves; keeping one, two of them are followed by a deletion."""
 
 
-def train(place: Path, run: Path, world_size: int = 1, victim: int = 0, **hit: int) -> list[int]:
-    """Start the run, or go on with it, and end as pretrain_ttl.py does; one process is hit. Return exit codes."""
+def train(place: Path, run: Path, world_size: int = 1, victim: int = 0, keep_last: int = 1,
+          cadence: list[str] = CADENCE, below: str = "", **hit: int) -> list[int]:
+    """Start the run, or go on with it, and end as pretrain_ttl.py does; one process is hit. Return exit codes.
+
+    What it says is added to a file beside its folder.
+
+    Args:
+        below: the part of the run's folder where calls are hit.
+        hit: for `fault_shim.arm`; without n they are only counted.
+    """
+    run.parent.mkdir(parents=True, exist_ok=True)
     meeting = run.with_name(run.name + ".meeting")
     meeting.unlink(missing_ok=True)
 
     def work(rank: int) -> int:
+        said = os.open(run.with_name(run.name + ".said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
         torch.set_num_threads(1)
         mesh = join(Ranks(rank, world_size, rank), timeout_s=30, rendezvous=f"file://{meeting}")
-        if hit and rank == victim:  # without n it is only counted
-            shim.arm(run, **hit)
+        if hit and rank == victim:
+            shim.arm(run / below, **hit)
         try:
             with told_once(mesh):
                 return train_here(mesh, str(place / "machine.json"), str(place / "run.toml"),
-                                  [f"run.dir={run}", *OVERRIDES])
+                                  [f"run.dir={run}", f"train.steps={STEPS}", f"checkpoint.keep_last={keep_last}", *cadence])
         except UserError as error:
             print_faults(error)
             return int(error.exit_code)
@@ -50,6 +63,11 @@ def train(place: Path, run: Path, world_size: int = 1, victim: int = 0, **hit: i
                 run.with_name(run.name + ".calls").write_text(str(shim.disarm()))
 
     return wait_for(*(in_fork(lambda rank=rank: work(rank)) for rank in range(world_size)))
+
+
+def said(run: Path) -> str:
+    """Return all that a run has printed."""
+    return run.with_name(run.name + ".said").read_text(encoding="utf-8")
 
 
 def end_of(run: Path) -> dict[str, Any]:
@@ -80,7 +98,7 @@ def after(place: Path, run: Path, world_size: int, saved: int, reference: dict[s
         return f"lost: step {newest}, and step {saved} was saved"
     codes = train(place, run, world_size)
     if codes != [0] * world_size:
-        return f"unresumable: it ends with {codes}"
+        return f"unresumable: it ends with {codes}: {said(run)[-1000:]}"
     end = end_of(run)
     if newest == STEPS:  # no save came after it, which would have deleted the older ones
         end["names"] = [name for name in end["names"] if not name.startswith("checkpoints/step") or f"{STEPS:08d}" in name]
@@ -92,7 +110,7 @@ def spread(calls: int, most: int | None) -> list[int]:
     """Return the numbers of all calls, or so many of them, evenly spaced."""
     if most is None or most >= calls:
         return list(range(1, calls + 1))
-    return [1 + round(i * (calls - 1) / (most - 1)) for i in range(most)]
+    return [1 + round(i * (calls - 1) / max(1, most - 1)) for i in range(most)]
 
 
 def uninterrupted(place: Path, base: Path, world_size: int, victim: int, mode: int) -> tuple[int, dict[str, Any]]:
@@ -136,10 +154,30 @@ def failing_disk(place: str, folder: str, error: int, mode: int = shim.FAIL, wid
         run = base / f"{n}"
         code = train(Path(place), run, mode=mode, n=n, to=min(n + width, shim.EVER), error=error)[0]
         codes[code] = codes.get(code, 0) + 1
-        if code not in (0, 2, 75):
-            faults.append(f"{n}: it ends with {code}")
+        if code not in (0, 2, 75) or "Traceback" in said(run):
+            faults.append(f"{n}: it ends with {code}: {said(run)[-1000:]}")
         fault = after(Path(place), run, 1, saved_by(run) if width == shim.EVER else 0, reference)
         faults += [f"{n}: {fault}"] if fault else []
         shutil.rmtree(run, ignore_errors=True)
     return {"calls": calls, "trials": sum(codes.values()), "codes": codes, "faults": faults,
             "per_minute": round(60 * sum(codes.values()) / (time.perf_counter() - began))}
+
+
+def failing_saves(place: str, folder: str, failures: int) -> dict[str, Any]:
+    """Save after every step, on a disk where so many saves cannot even make their folder."""
+    run = Path(folder) / "run"
+    code = train(Path(place), run, keep_last=50, cadence=["checkpoint.every_steps=1"], below="checkpoints", mode=shim.FAIL,
+                 n=1, to=1 + failures, error=errno.ENOSPC)[0]
+    return {"code": code, "said": said(run), "kept": sorted(path.name for path in (run / "checkpoints").glob("*")),
+            "steps": [step for step, _ in end_of(run)["losses"]]}
+
+
+def full_disk(place: str, folder: str, whole: str, grown: bool) -> dict[str, Any]:
+    """Train where few checkpoints fit, keeping all; and again when there is more room."""
+    run = Path(folder) / "run"
+    code = train(Path(place), run, keep_last=50, cadence=["checkpoint.every_steps=1"])[0]
+    if grown:
+        assert train(Path(place), Path(whole)) == [0]
+    same = grown and end_of(run)["tensors"] == end_of(Path(whole))["tensors"]
+    return {"code": code, "said": said(run), "same": same,
+            "kept": sorted(path.name for path in (run / "checkpoints").glob("*"))}

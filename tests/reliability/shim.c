@@ -29,7 +29,7 @@ static struct {
     char folder[PATH_MAX];
     size_t length;
     enum mode mode;
-    long count, from, to; /* calls number from <= n < to are hit */
+    long count, from, to, refused; /* calls number from <= n < to are hit */
     int error, log;
 } watch = {.log = -1};
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -55,7 +55,7 @@ int ttl_arm(const char *folder, int mode, long n, long to, int error, const char
     if (strlen(folder) >= PATH_MAX) return -1;
     strcpy(watch.folder, folder);
     watch.length = strlen(folder);
-    watch.count = 0, watch.from = n, watch.to = to, watch.error = error;
+    watch.count = watch.refused = 0, watch.from = n, watch.to = to, watch.error = error;
     if (mode == LOG && (watch.log = plain_open(log, O_WRONLY | O_CREAT | O_APPEND)) < 0) return -1;
     watch.mode = mode;
     return 0;
@@ -68,6 +68,9 @@ long ttl_disarm(void) {
     watch.log = -1;
     return watch.count;
 }
+
+/* Return how many of them the disk refused. */
+long ttl_refused(void) { return watch.refused; }
 
 static void keep(const char *what, const char *path, const char *other, long long offset, long long size) {
     char line[2 * PATH_MAX + 100];
@@ -128,6 +131,7 @@ static enum verdict before(enum kind kind, const char *path) {
         if (watch.mode == KILL) kill(getpid(), SIGKILL), pause();
         if (watch.mode == TORN || (watch.mode == SHORT && n == watch.from && kind == WRITE)) return HALF;
         if (watch.mode != COUNT && refuses(kind)) {
+            watch.refused++;
             pthread_mutex_unlock(&lock);
             errno = watch.error;
             return REFUSED;
@@ -238,6 +242,11 @@ ssize_t writev(int fd, const struct iovec *parts, int count) {
 #define PWRITEV(name) ssize_t name(int fd, const struct iovec *parts, int count, off_t offset) { NEXT(name); \
     WRITING(fd, offset, next(fd, parts, count, offset), pwrite(fd, parts[0].iov_base, parts[0].iov_len / 2, offset)); }
 PWRITEV(pwritev) PWRITEV(pwritev64)
+
+#define PWRITEV2(name) ssize_t name(int fd, const struct iovec *parts, int count, off_t offset, int flags) { NEXT(name); \
+    WRITING(fd, offset, next(fd, parts, count, offset, flags), \
+            pwrite(fd, parts[0].iov_base, parts[0].iov_len / 2, offset)); }
+PWRITEV2(pwritev2) PWRITEV2(pwritev64v2)
 
 #define SENDFILE(name) ssize_t name(int fd, int source, off_t *from, size_t size) { \
     NEXT(name); WRITING(fd, -1, next(fd, source, from, size), next(fd, source, from, (size + 1) / 2)); }
