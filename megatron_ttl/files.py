@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,23 @@ def fsync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(directory: str | os.PathLike[str]) -> None:
+    """Make a folder, and those above it that are missing, so that their names survive a power cut.
+
+    Raises:
+        OSError: what the disk said.
+    """
+    missing = []
+    place = Path(directory)
+    while not place.is_dir():
+        missing.append(place)
+        place = place.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        with suppress(PermissionError):  # a folder may let its owner write into it and not read it
+            fsync_directory(folder.parent)
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success it takes the name `path`, on failure it is gone.
@@ -43,7 +61,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         OSError: what the disk said; the file at `path` is untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     encoding = None if "b" in mode else "utf-8"
     try:
@@ -68,7 +86,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: what the disk said; the folder at `path` is untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary, former = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("tmp", "former"))
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
     temporary.mkdir()
@@ -88,6 +106,36 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     fsync_directory(path.parent)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path, names: Iterable[str]) -> None:
+    """Delete what killed atomic writes of these names have left; only for who knows that no other is at work.
+
+    Raises:
+        OSError: what the disk said.
+    """
+    leftover = re.compile(rf"\.(?:{'|'.join(map(re.escape, names))})\.(?:tmp|former)-[0-9]+")
+    for entry in list(os.scandir(directory)):
+        if leftover.fullmatch(entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+
+
+@contextmanager
+def or_disk_error(place: Path) -> Iterator[None]:
+    """Let what the disk refuses inside end as one sentence about `place`.
+
+    Raises:
+        DiskError: for every OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror or error
+        raise DiskError(f"{error.filename or place}: could not be written ({reason}); it must be, for the run to be "
+                        "kept; free some space or repair the disk") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -39,7 +39,7 @@ from megatron_ttl.checkpoint.pieces import Piece, whole
 from megatron_ttl.checkpoint.reading import Checkpoint
 from megatron_ttl.checkpoint.tensor_file import write_tensors
 from megatron_ttl.errors import CheckpointError, DiskError
-from megatron_ttl.files import checksum_bytes, fsync_directory, human_bytes, require_free_space
+from megatron_ttl.files import checksum_bytes, fsync_directory, human_bytes, make_directory, require_free_space
 
 __all__ = ["Checkpoint", "CheckpointStore", "Saved"]
 
@@ -200,11 +200,10 @@ class CheckpointStore:
         """Make room and the folder; return its name, or nothing where a valid checkpoint is there already."""
         self._remove_leftovers()
         if self._is_valid(target):
+            fsync_directory(self.directory)  # it may be the save that failed at this very call
             return ""
         require_free_space(self.directory, needed, f"the checkpoint of step {step}")
-        if not self.directory.is_dir():
-            self.directory.mkdir(parents=True)
-            fsync_directory(self.directory.parent)
+        make_directory(self.directory)
         temporary.mkdir()
         return temporary.name
 

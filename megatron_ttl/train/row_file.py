@@ -10,16 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ttl.console import print_warning
+from megatron_ttl.files import make_directory, or_disk_error
 
 
 class RowFile:
-    """Append one JSON line per row; a reader never meets half a line, save the last one after a kill."""
+    """Append one JSON line per row; a reader never meets half a line, save the last one after a kill.
+
+    Raises:
+        DiskError: the file cannot be opened, or its torn last line not be cut.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        repair(self.path)
-        self._handle = open(self.path, "ab", buffering=0)
+        with or_disk_error(self.path):
+            make_directory(self.path.parent)
+            repair(self.path)
+            self._handle = open(self.path, "ab", buffering=0)
         self._waiting = b""
         self._warned = False
 
@@ -67,10 +73,16 @@ def trim_rows(path: Path, last_step: int) -> dict[str, Any] | None:
     """Cut the rows after `last_step`, which a resumed run writes again, and return what was the last row.
 
     That row may know totals (energy) that no checkpoint has.
+
+    Raises:
+        DiskError: the disk cannot take it.
     """
     path = Path(path)
-    if not path.is_file():
-        return None
+    with or_disk_error(path):
+        return _trim_rows(path, last_step) if path.is_file() else None
+
+
+def _trim_rows(path: Path, last_step: int) -> dict[str, Any] | None:
     repair(path)
     last: dict[str, Any] | None = None
     keep, cut = 0, 0

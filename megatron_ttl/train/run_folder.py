@@ -12,7 +12,7 @@ from megatron_ttl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_ttl.config.describe import show
 from megatron_ttl.config.load import Settings
 from megatron_ttl.errors import CheckpointError, ConfigError, raise_faults
-from megatron_ttl.files import write_json, write_text
+from megatron_ttl.files import atomic_directory, or_disk_error, remove_leftovers, write_json, write_text
 from megatron_ttl.train.changed_settings import (
     SETTINGS,
     change_faults,
@@ -23,6 +23,8 @@ from megatron_ttl.train.changed_settings import (
     skip_fault,
 )
 from megatron_ttl.train.run_lock import RunLock
+
+_DESCRIPTION = ("run.toml", "deepspeed.json", "settings.json", "tokenizer")
 
 
 class RunFolder:
@@ -43,8 +45,11 @@ class RunFolder:
 
         Raises:
             ConfigError: another run has it, or it cannot be written.
+            DiskError: the disk cannot take even that.
         """
         self.lock.take(self.path)
+        with or_disk_error(self.path):
+            remove_leftovers(self.path, _DESCRIPTION)
 
     def release(self) -> None:
         """Let the next run in."""
@@ -98,18 +103,22 @@ class RunFolder:
         self._history = history_with(stored, changes, checkpoint.step)
 
     def describe(self, deepspeed_settings: dict[str, Any], versions: dict[str, str], tokenizer: Path) -> None:
-        """Write the settings as given and as resolved, what was changed and when, and a copy of the tokenizer."""
+        """Write the settings as given and as resolved, what was changed and when, and a copy of the tokenizer.
+
+        Raises:
+            DiskError: the disk cannot take them.
+        """
         settings = self.settings
-        write_text(self.path / "run.toml", settings.run_text)
-        write_text(self.path / "deepspeed.json", settings.deepspeed_text)
-        write_json(self.path / SETTINGS, {"run": settings.run.model_dump(mode="json"),
-                                          "profile": settings.profile.model_dump(mode="json"),
-                                          "deepspeed": deepspeed_settings, "origins": settings.origins,
-                                          "versions": versions, "changes": self._history})
-        if not self.tokenizer_path.exists():
-            temporary = self.path / f"tokenizer.tmp-{os.getpid()}"
-            shutil.copytree(tokenizer, temporary)
-            os.replace(temporary, self.tokenizer_path)
+        with or_disk_error(self.path):
+            write_text(self.path / "run.toml", settings.run_text)
+            write_text(self.path / "deepspeed.json", settings.deepspeed_text)
+            write_json(self.path / SETTINGS, {"run": settings.run.model_dump(mode="json"),
+                                              "profile": settings.profile.model_dump(mode="json"),
+                                              "deepspeed": deepspeed_settings, "origins": settings.origins,
+                                              "versions": versions, "changes": self._history})
+            if not self.tokenizer_path.exists():
+                with atomic_directory(self.tokenizer_path) as temporary:
+                    shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
 
 
 def open_checkpoint(path: Path, peers: Peers = ALONE) -> Checkpoint:

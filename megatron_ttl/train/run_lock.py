@@ -16,6 +16,7 @@ from typing import IO
 
 from megatron_ttl.console import print_warning
 from megatron_ttl.errors import ConfigError
+from megatron_ttl.files import make_directory
 from megatron_ttl.runtime import describe_process
 
 # What a file system without such locks answers: Lustre mounted without `flock`, NFS without its lock service.
@@ -68,7 +69,7 @@ class RunLock:
             return
         self.release()
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            make_directory(run_dir)
             handle = _open(run_dir / "run.lock")
         except OSError as error:
             raise ConfigError(f"run.dir: '{error.filename or run_dir}' cannot be written ({error.strerror}); it must "
