@@ -25,9 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run file, in TOML")
     arguments = parser.parse_args(argv)
 
-    from megatron_ttl.config.load import load_settings
     from megatron_ttl.errors import UserError
-    from megatron_ttl.runtime import discover_ranks, find_meeting_place
+    from megatron_ttl.runtime import discover_ranks, find_meeting_place, stop_with_launcher
     from megatron_ttl.train.stop import StopRequest
 
     ranks = discover_ranks()
@@ -40,11 +39,16 @@ def main(argv: list[str] | None = None) -> int:
             if ranks.is_first:
                 print_forecast(forecast, arguments.json)
             return 0
-        settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
-        if ranks.is_first and arguments.config == DEFAULT_CONFIG:
-            print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
-        ranks = find_meeting_place(ranks)
-        with StopRequest(speaks=ranks.is_first) as stop:  # before the slow imports: a signal then must not be lost
+        # Before the slow imports: a signal then must not be lost.
+        with StopRequest(speaks=ranks.is_first, waits_for_peers=ranks.world_size > 1) as stop:
+            from megatron_ttl.config.load import load_settings
+
+            stop_with_launcher()
+            settings = load_settings(arguments.deepspeed_config, arguments.config, arguments.overrides)
+            if ranks.is_first and arguments.config == DEFAULT_CONFIG:
+                print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
+            ranks = find_meeting_place(ranks)
+
             from megatron_ttl.train.loop import pretrain
 
             return int(pretrain(settings, ranks, stop))

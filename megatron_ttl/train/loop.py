@@ -20,7 +20,7 @@ from megatron_ttl.parallel.mesh import join, leave
 from megatron_ttl.parallel.replicas import replica_faults
 from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.engine import StepResult
-from megatron_ttl.train.failure import told_once, waiting_for_peers
+from megatron_ttl.train.failure import siblings_watched, told_once, waiting_for_peers
 from megatron_ttl.train.session import Session, prepare
 from megatron_ttl.train.stop import StopRequest
 from megatron_ttl.train.switches import Switches
@@ -38,16 +38,19 @@ def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest) -> ExitCode:
     Args:
         settings: from `load_settings`.
         ranks: from `discover_ranks`.
-        stop: installed already; a request that came during preparation is honoured after the first step.
+        stop: installed already; a request that came during preparation is honoured after the first step, but several
+            processes that have not met yet leave at once.
 
     Raises:
         UserError: something is missing, damaged or contradictory; found before the first step.
     """
-    with waiting_for_peers(ranks, asked_to_stop=stop.is_set):
-        mesh = join(ranks)
     try:
-        with told_once(mesh):
-            session = prepare(settings, mesh)
+        with siblings_watched(ranks):
+            with waiting_for_peers(ranks):
+                mesh = join(ranks)
+            stop.met()
+            with told_once(mesh):
+                session = prepare(settings, mesh)
         with closing(session), told_once(mesh):
             return train(session, stop)
     finally:
