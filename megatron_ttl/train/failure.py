@@ -59,13 +59,13 @@ def siblings_watched(ranks: Ranks) -> Iterator[None]:
             known.update(alive := siblings())
             if not alive:  # no launcher, or none any more: `stop_with_launcher` sees to that
                 return
-            # Whoever had a reason has said it by the second look, and the launcher has done its part.
-            if alive != known and not over.wait(_SEEN_BY_LAUNCHER_S):
-                if os.getpid() == min(siblings()):
+            # Whoever has a reason says it in this second, and launchers do their part.
+            if alive != known and not over.wait(1.0):
+                if os.getpid() == min(alive):
                     print(f"rank {ranks.rank} of {ranks.world_size} ({describe_process()}) lost another process, which "
                           "ended before the training began", file=sys.stderr, flush=True)
                 else:
-                    time.sleep(_SEEN_BY_LAUNCHER_S)
+                    time.sleep(0.5)
                 os._exit(int(ExitCode.FAILED))
 
     if ranks.world_size > 1:
