@@ -223,8 +223,9 @@ def _is_launcher(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
-    names = [os.path.basename(word) for word in words]
-    return not _LAUNCHER_PROGRAMS.isdisjoint(names[:4] if names[0].startswith("python") else names[:1])
+    if os.path.basename(words[0]).startswith("python"):  # what it runs: the first word that is no option
+        words = [word for word in words[1:] if not word.startswith("-")]
+    return os.path.basename(words[0] if words else "") in _LAUNCHER_PROGRAMS
 
 
 def seed_everything(seed: int) -> None:

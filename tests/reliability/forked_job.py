@@ -28,15 +28,15 @@ from megatron_ttl.console import run_tool
 TENSOR_DATA = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "parallel": {"tensor": 2}}
 TENSOR_PIPELINE = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1},
                    "parallel": {"tensor": 2, "pipeline": 2}}
-STEPS = ["optimizer.lr=1e-3", "train.steps=8", "schedule.warmup_steps=2", "checkpoint.every_steps=2",
-         "evaluation.every_steps=4"]
+_STEPS = {"optimizer.lr": "1e-3", "train.steps": 8, "schedule.warmup_steps": 2, "checkpoint.every_steps": 2,
+          "evaluation.every_steps": 4}
 
 
 class ForkedJob:
     """One start of a run; every process of it is in one session, by which orphans are found."""
 
     def __init__(self, folder: Path, data: Path, processes: int, profile: dict | None = None,
-                 fault: tuple[str, ...] = (), agent: bool = False, overrides: tuple[str, ...] = ()) -> None:
+                 fault: tuple[str, ...] = (), agent: bool = False, overrides: dict[str, object] | None = None) -> None:
         """Start.
 
         Args:
@@ -46,14 +46,11 @@ class ForkedJob:
             profile: DeepSpeed JSON.
             fault: section, rank and kind of `planted_fault.py`.
             agent: torchrun's agent instead of the launcher of a few lines.
-            overrides: more settings.
+            overrides: settings other than the usual eight steps, a checkpoint every two, an evaluation every four.
         """
         folder.mkdir(exist_ok=True)
         self.folder = folder
-        deepspeed, run = write_settings(folder, data, folder / "run", profile)
-        arguments = ["--deepspeed_config", str(deepspeed), "--config", str(run), *STEPS, *overrides]
-        if fault:
-            arguments = [*fault, str(folder / "fault-at"), *arguments]
+        arguments = command_line(folder, data, profile, fault, overrides)
         for name in ("pids", "codes", "fault-at"):
             (folder / name).unlink(missing_ok=True)
         context = multiprocessing.get_context("forkserver")
@@ -82,6 +79,14 @@ class ForkedJob:
                 return json.loads((self.folder / name).read_text())
             time.sleep(0.005)
         raise AssertionError(f"no {name}:\n{self.log}")
+
+    def reached(self, timeout_s: float = 30) -> bool:
+        """Wait until the planted fault happens; whether it did before the job ended."""
+        deadline = time.monotonic() + timeout_s
+        while not (there := (self.folder / "fault-at").exists()) and self.process.is_alive():
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.005)
+        return there
 
     def wait(self, timeout_s: float = 60) -> int:
         """Wait for the launcher; its exit code."""
@@ -116,6 +121,15 @@ class ForkedJob:
                 os.kill(pid, signal.SIGKILL)
 
 
+def command_line(folder: Path, data: Path, profile: dict | None, fault: tuple[str, ...],
+                 overrides: dict[str, object] | None) -> list[str]:
+    """Write the settings into the folder; return the arguments of pretrain_ttl.py, or of planted_fault.py."""
+    deepspeed, run = write_settings(folder, data, folder / "run", profile)
+    front = [*fault, str(folder / "fault-at")] if fault else []
+    changes = [f"{key}={value}" for key, value in {**_STEPS, **(overrides or {})}.items()]
+    return [*front, "--deepspeed_config", str(deepspeed), "--config", str(run), *changes]
+
+
 def digest(folder: Path) -> tuple[str, str]:
     """Name of the last checkpoint and sha256 over its tensor files."""
     last = max((folder / "run/checkpoints").glob("step-????????"))
@@ -125,15 +139,28 @@ def digest(folder: Path) -> tuple[str, str]:
     return last.name, total.hexdigest()
 
 
+def finished(folder: Path, data: Path, processes: int, profile: dict) -> tuple[tuple[str, str], list[tuple[int, float]]]:
+    """Run, or go on with, a run to its end; its digest and curve."""
+    job = ForkedJob(folder, data, processes, profile)
+    assert job.wait() == 0, job.log
+    return digest(folder), curve(folder)
+
+
 def curve(folder: Path) -> list[tuple[int, float]]:
-    """Step and loss of every row."""
-    rows = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
+    """Step and loss of every row, but one that is being written."""
+    path = folder / "run/metrics.jsonl"
+    lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    rows = map(json.loads, lines)
     return [(row["step"], row["loss"]) for row in rows if row["event"] == "train"]
 
 
 def shared_memory() -> set[str]:
-    """Files in /dev/shm that no living process has open: what a killed one left behind."""
-    found = set(os.listdir("/dev/shm"))
+    """Files in /dev/shm that no living process has open: what a killed one left behind.
+
+    Not the semaphores of Python's multiprocessing, which the tests use and the ranks do not.
+    """
+    found = {entry.name for entry in os.scandir("/dev/shm")
+             if entry.is_file(follow_symlinks=False) and not entry.name.startswith("sem.mp-")}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             maps = (entry / "maps").read_text()

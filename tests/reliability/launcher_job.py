@@ -10,8 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from forked_job import STEPS
-from tiny_session import write_settings
+from forked_job import command_line
 
 from megatron_ttl.runtime import free_port
 
@@ -36,18 +35,15 @@ class LauncherJob:
     """One start of a run; every process of it names the folder on its command line, by which orphans are found."""
 
     def __init__(self, repository: Path, folder: Path, data: Path, command: list[str], profile: dict | None = None,
-                 fault: tuple[str, ...] = (), overrides: tuple[str, ...] = ()) -> None:
+                 fault: tuple[str, ...] = (), overrides: dict[str, object] | None = None) -> None:
         """Start; arguments as for `ForkedJob`."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
-        deepspeed, run = write_settings(folder, data, folder / "run", profile)
         script = repository / ("tests/reliability/planted_fault.py" if fault else "pretrain_ttl.py")
-        front = [*fault, str(folder / "fault-at")] if fault else []
+        arguments = command_line(folder, data, profile, fault, overrides)
         with open(folder / "log", "ab") as log:
-            self.process = subprocess.Popen(
-                [*command, str(script), *front, "--deepspeed_config", str(deepspeed), "--config", str(run), *STEPS,
-                 *overrides], cwd=repository, env=environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                start_new_session=True)
+            self.process = subprocess.Popen([*command, str(script), *arguments], cwd=repository, env=environment(),
+                                            stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
     @property
     def log(self) -> str:

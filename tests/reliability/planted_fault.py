@@ -25,10 +25,11 @@ from megatron_ttl.errors import DataError  # noqa: E402
 SECTIONS = ("start", "met", "data", "step", "save", "evaluate")
 DEATHS = ("kill", "raise", "exit", "segfault", "abort", "memory")
 HANGS = ("stopped", "gil", "fifo")
+SLOW_S = 0.6  # "slow": no fault, but time enough to hit a section from outside
 
 
 def fail(kind: str, told: Path) -> None:
-    """Do what the kind says: die, raise, or hang."""
+    """Do what the kind says: die, raise, hang, or dawdle."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     told.write_text(repr(time.time()))
     match kind:
@@ -56,6 +57,8 @@ def fail(kind: str, told: Path) -> None:
         case "fifo":
             os.mkfifo(fifo := told.with_suffix(".fifo"))
             fifo.read_bytes()
+        case "slow":
+            return time.sleep(SLOW_S)
     raise AssertionError(f"{kind} did not happen")
 
 
