@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__ or "", DEFAULT_CONFIG).parse_args(argv)
 
     from megatron_ttl.errors import UserError
-    from megatron_ttl.runtime import discover_ranks, find_meeting_place
+    from megatron_ttl.runtime import discover_ranks, find_meeting_place, stop_with_launcher
     from megatron_ttl.train.run_lock import RunLock
     from megatron_ttl.train.stop import StopRequest
 
@@ -32,8 +32,11 @@ def main(argv: list[str] | None = None) -> int:
             if ranks.is_first:
                 print_forecast(plan, arguments.json)
             return 0
-        with RunLock(takes=ranks.is_first) as lock, StopRequest(speaks=ranks.is_first) as stop:
-            lock.take_early(arguments.config, arguments.overrides)  # a second run there leaves before slow imports
+        # Before the slow imports: a signal then must not be lost, and a second run in the folder leaves at once.
+        stop = StopRequest(speaks=ranks.is_first, waits_for_peers=ranks.world_size > 1)
+        with RunLock(takes=ranks.is_first) as lock, stop:
+            stop_with_launcher()
+            lock.take_early(arguments.config, arguments.overrides)
             from megatron_ttl.config.load import load_settings
             settings = load_settings(*files, arguments.allow_change, arguments.skip_steps)
             lock.take(settings.run.run.dir)

@@ -22,7 +22,7 @@ def run_tool(main: Callable[[], int | None]) -> None:
         sys.exit(int(error.exit_code))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(int(ExitCode.INTERRUPTED))
     except BrokenPipeError:
         # The reader (`| head`) has left; say nothing more, not even when Python flushes at exit.
         sys.stdout = None  # type: ignore[assignment]

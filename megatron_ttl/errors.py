@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     HANG = 70  # a watchdog ended a run that no longer moved
     DISK = 75  # no checkpoint could be written, several times in a row
     PREEMPTED = 85  # asked to stop (Ctrl-C, SIGTERM): a checkpoint is on disk, start the same command again
+    INTERRUPTED = 130  # Ctrl-C where nothing is kept, or for the third time
 
 
 class UserError(ValueError):

@@ -10,11 +10,14 @@ import json
 import os
 import platform
 import random
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_ttl.errors import ConfigError
@@ -26,6 +29,9 @@ _LAUNCHERS = (
      "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("Slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )
+# Programs that start our processes and look after them. Slurm's ends them by itself.
+_LAUNCHER_PROGRAMS = {"torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed", "ds",
+                      "deepspeed.launcher.launch", "deepspeed.launcher.runner", "mpirun", "mpiexec", "prterun", "prted"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Ranks:
     master_address: str | None = None
     master_port: int | None = None
     launcher: str = "none"
+    siblings: frozenset[int] = frozenset()
+    """Those that the same launcher had started on this machine when this process started."""
 
     @property
     def is_first(self) -> bool:
@@ -62,7 +70,7 @@ def discover_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
         except ValueError:
             raise ConfigError(f"environment: {rank_key}={env[rank_key]!r}, {world_key}={env[world_key]!r}; "
                               f"they must be whole numbers; start again through {name}") from None
-        return Ranks(rank, world, local, env.get("MASTER_ADDR"), port, name)
+        return Ranks(rank, world, local, env.get("MASTER_ADDR"), port, name, siblings())
     if "PRTE_LAUNCHED" in env and "PMIX_RANK" in env:  # prterun, what is below mpirun: no word of how many there are
         return _ask_mpi("prterun")
     return Ranks()
@@ -162,6 +170,67 @@ def describe_process() -> str:
     """Return host, process and, under Slurm, job: whom to ask who holds a run folder."""
     job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
     return f"host {socket.gethostname()}, pid {os.getpid()}{job}"
+
+
+def stop_with_launcher() -> None:
+    """Have this process asked to stop, as by SIGTERM, when the launcher above it is gone.
+
+    Killed by force, a launcher cannot end its processes, and they would go on with nobody to look after them. Looked at
+    once in a while, for the kernel tells a child of its parent alone, and `deepspeed` is a grandparent. Whoever was
+    started by hand has no launcher and outlives its shell. Linux alone has /proc; elsewhere nothing happens.
+    """
+    chain = _way_to_launcher()
+
+    def look() -> None:
+        while all(_parent(child) == parent for child, parent in chain):
+            time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if chain:
+        threading.Thread(target=look, name="launcher", daemon=True).start()
+
+
+def siblings() -> frozenset[int]:
+    """Return the living processes of this machine that the same launcher started, this one included (Linux)."""
+    parent = os.getppid()
+    if not _is_launcher(parent):
+        return frozenset()
+    found = set()
+    for path in Path(f"/proc/{parent}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the launcher has ended
+            for pid in path.read_text().split():
+                with contextlib.suppress(OSError):  # it has ended
+                    if os.readlink(f"/proc/{pid}/exe") == os.readlink("/proc/self/exe"):
+                        found.add(int(pid))
+    return frozenset(found)
+
+
+def _way_to_launcher() -> list[tuple[int, int]]:
+    """Return (child, parent) from this process up to the topmost launcher; nothing if there is none."""
+    chain, length, pid = [], 0, os.getpid()
+    while (parent := _parent(pid)) > 1:
+        chain.append((pid, parent))
+        length = len(chain) if _is_launcher(parent) else length
+        pid = parent
+    return chain[:length]
+
+
+def _parent(pid: int) -> int:
+    try:  # after the name, which is in brackets and may hold any character: state, parent
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _is_launcher(pid: int) -> bool:
+    """Return whether a launcher is what runs there: `torchrun ...`, `python -u -m torch.distributed.run ...`."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    if os.path.basename(words[0]).startswith("python"):  # what it runs: the first word that is no option
+        words = [word for word in words[1:] if not word.startswith("-")]
+    return os.path.basename(words[0] if words else "") in _LAUNCHER_PROGRAMS
 
 
 def seed_everything(seed: int) -> None:

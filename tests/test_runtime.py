@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +70,50 @@ def test_the_terminal_of_mpirun_is_no_persons(monkeypatch):
     assert not output_is_forwarded()
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     assert output_is_forwarded()
+
+
+# A launcher by its name alone; it starts the next name, and at the end a process of ours. All say who they are.
+TREE = """
+import os, subprocess, sys
+print(os.getpid(), flush=True)
+subprocess.Popen([sys.executable, *(sys.argv[1:] or ["-c", OURS])]).wait()
+"""
+OURS = """
+import os, time
+from megatron_ttl.runtime import siblings, stop_with_launcher
+stop_with_launcher()
+print(os.getpid(), *siblings(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("names", "victim", "ends"), [
+    (["torchrun"], 0, True), (["deepspeed", "shell"], 0, True), (["shell"], 0, False), (["torchrun-notes"], 0, False),
+    (["shell", "mpirun"], 0, False), (["shell", "mpirun"], 1, True)])
+def test_a_process_is_asked_to_stop_when_its_launcher_is_killed(tmp_path, repository, names, victim, ends):
+    """Also by a grandparent, but not by a shell, nor by what stands above the launcher."""
+    for name in names:
+        (tmp_path / name).write_text(f"OURS = {OURS!r}\n{TREE}")
+    top = subprocess.Popen([sys.executable, *(str(tmp_path / name) for name in names)], stdout=subprocess.PIPE, text=True,
+                           cwd=repository, env={**os.environ, "PYTHONPATH": str(repository)}, start_new_session=True)
+    try:
+        above = [int(top.stdout.readline()) for _ in names]
+        ours, *beside = map(int, top.stdout.readline().split())
+        # The launcher's own child knows its siblings; nobody else has any.
+        assert beside == ([ours] if names[-1] in ("torchrun", "mpirun") else [])
+        os.kill(above[victim], signal.SIGKILL)
+        deadline = time.monotonic() + (5 if ends else 1)
+        while running(ours) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert running(ours) is not ends
+    finally:
+        os.killpg(top.pid, signal.SIGKILL)
+        top.communicate()
+
+
+def running(pid):
+    """Return whether a process runs, be it nobody's child any more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import NoReturn
 from megatron_ttl.console import print_faults
 from megatron_ttl.errors import ConfigError, ExitCode, UserError
 from megatron_ttl.parallel.mesh import Mesh
-from megatron_ttl.runtime import Ranks, describe_process, leave_word
+from megatron_ttl.runtime import Ranks, describe_process, leave_word, siblings
 from megatron_ttl.train.watchdog import Watchdog
 
 # Launchers look after their processes once a second at most, name the one that they find dead, and leave with its code.
@@ -24,19 +25,13 @@ _LOST_PEER = re.compile(r"connection (was )?(closed|reset|likely closed)|broken 
 
 
 @contextmanager
-def waiting_for_peers(ranks: Ranks, asked_to_stop: bool = False) -> Iterator[None]:
-    """Name whoever fails before the processes have met, and let SIGTERM end those that wait for it in vain.
-
-    Afterwards SIGTERM asks for a checkpoint; here there is nothing to keep, and Python's handlers are not called while
-    torch waits.
+def waiting_for_peers(ranks: Ranks) -> Iterator[None]:
+    """Name whoever fails before the processes have met; afterwards `told_once` does.
 
     Raises:
         ConfigError: the port where they would meet is taken.
     """
-    alone, previous = ranks.world_size == 1, signal.getsignal(signal.SIGTERM)
     try:
-        if not alone and not asked_to_stop:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         yield
     except UserError:
         raise
@@ -45,12 +40,41 @@ def waiting_for_peers(ranks: Ranks, asked_to_stop: bool = False) -> Iterator[Non
             raise ConfigError(f"environment: port {ranks.master_port} of {ranks.master_address} is taken; the processes "
                               "meet there and it must be free; choose another: --master_port of torchrun and deepspeed, "
                               "or export MASTER_PORT") from None
-        if alone:
+        if ranks.world_size == 1:
             raise
         _tell(ranks.rank, ranks.world_size, error)
         sys.exit(int(ExitCode.FAILED))
+
+
+@contextmanager
+def siblings_watched(ranks: Ranks) -> Iterator[None]:
+    """End this process when one beside it ends while all prepare.
+
+    Groups of processes are made then, and one that never comes is waited for as long as for one that is late. Launchers
+    end the others only if it failed, not if it ended as if it was done. During training the connections tell.
+    """
+    known, over = set(ranks.siblings), threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.5):
+            known.update(alive := siblings())
+            if not alive:  # no launcher, or none any more: `stop_with_launcher` sees to that
+                return
+            # Whoever has a reason says it in this second, and launchers do their part.
+            if alive != known and not over.wait(1.0):
+                if os.getpid() == min(alive):
+                    print(f"rank {ranks.rank} of {ranks.world_size} ({describe_process()}) lost another process, which "
+                          "ended before the training began", file=sys.stderr, flush=True)
+                else:
+                    time.sleep(0.5)
+                os._exit(int(ExitCode.FAILED))
+
+    if ranks.world_size > 1:
+        threading.Thread(target=look, name="siblings", daemon=True).start()
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        over.set()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from megatron_ttl.parallel.replicas import replica_faults
 from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.anomalies import DivergedError
 from megatron_ttl.train.engine import StepResult
-from megatron_ttl.train.failure import told_once, waiting_for_peers
+from megatron_ttl.train.failure import siblings_watched, told_once, waiting_for_peers
 from megatron_ttl.train.run_lock import RunLock
 from megatron_ttl.train.session import Session, prepare
 from megatron_ttl.train.stop import StopRequest
@@ -38,7 +38,8 @@ def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest, lock: RunLock 
     Args:
         settings: from `load_settings`.
         ranks: from `discover_ranks`.
-        stop: installed already; a request that came during preparation is honoured after the first step.
+        stop: installed already; a request that came during preparation is honoured after the first step, but several
+            processes that have not met yet leave at once.
         lock: on the run folder, taken by the first process before the slow imports.
 
     Raises:
@@ -46,11 +47,13 @@ def pretrain(settings: Settings, ranks: Ranks, stop: StopRequest, lock: RunLock 
     """
     limits = settings.profile.time_limits
     with Watchdog(limits, Path(settings.run.run.dir), ranks.rank, ranks.world_size) as watchdog:
-        with waiting_for_peers(ranks, asked_to_stop=stop.is_set):
-            mesh = join(ranks, limits.longest_s + _WATCHDOG_FIRST_S)
         try:
-            with told_once(mesh, watchdog):
-                session = prepare(settings, mesh, watchdog, lock)
+            with siblings_watched(ranks):
+                with waiting_for_peers(ranks):
+                    mesh = join(ranks, limits.longest_s + _WATCHDOG_FIRST_S)
+                stop.met()
+                with told_once(mesh, watchdog):
+                    session = prepare(settings, mesh, watchdog, lock)
             with closing(session), told_once(mesh, watchdog):
                 return train(session, stop)
         finally:

@@ -147,7 +147,7 @@ def orphans(folder):
     return found
 
 
-@pytest.mark.parametrize(("name", "kind", "victim"), [("torchrun", "raise", 1), ("torchrun", "data", 1),
+@pytest.mark.parametrize(("name", "kind", "victim"), [("torchrun", "raise", 1), ("torchrun", "user error", 1),
                                                      ("torchrun", "kill", 0), ("torchrun", "kill", 1),
                                                      ("deepspeed", "raise", 0), ("deepspeed", "raise", 1),
                                                      ("mpirun", "raise", 1)])
@@ -156,8 +156,8 @@ def test_the_first_failure_is_told_once_and_last(repository, place, name, kind, 
     if name == "mpirun" and not shutil.which("mpirun", path=environment()["PATH"]):
         pytest.skip("mpirun is not installed")
     label = f"fails-{name}-{kind}-{victim}"
-    process = start(repository, place, label, launcher_commands()[name](), script="tests/launchers/failing_train.py",
-                    front=(str(victim), kind))
+    process = start(repository, place, label, launcher_commands()[name](), script="tests/reliability/planted_fault.py",
+                    front=("step", str(victim), kind, str(place / f"{label}-told")))
     printed, code = finish(process)
     assert code != 0
     deadline = time.monotonic() + 5
@@ -170,7 +170,7 @@ def test_the_first_failure_is_told_once_and_last(repository, place, name, kind, 
         # What comes from the training itself; launchers add their own summary behind it.
         after = printed.split("ZeroDivisionError: planted")[1].split("torch/distributed/elastic")[0]
         assert "closed by peer" not in printed and "Traceback" not in after and "Warning" not in after, printed
-    elif kind == "data":
+    elif kind == "user error":
         assert printed.count("data/x.bin: is cut short; it must be whole; copy it again") == 1
         assert "failed:\nTraceback" not in printed, printed
     else:
