@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__ or "", DEFAULT_CONFIG).parse_args(argv)
 
     from megatron_ttl.errors import UserError
-    from megatron_ttl.runtime import discover_ranks, find_meeting_place, stop_with_launcher
+    from megatron_ttl.runtime import discover_ranks, end_at_once, find_meeting_place, stop_with_launcher
     from megatron_ttl.train.run_lock import RunLock
     from megatron_ttl.train.stop import StopRequest
 
@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
             ranks = find_meeting_place(ranks)
             from megatron_ttl.train.loop import pretrain
-            return int(pretrain(settings, ranks, stop, lock))
+            code = int(pretrain(settings, ranks, stop, lock))
+        if ranks.world_size > 1:
+            end_at_once(code)
+        return code
     except UserError as error:
         if ranks.local_rank == 0:  # one process per machine says it for all
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from megatron_ttl.parallel.door import PipelineParallelGrid, PipeModelDataParallelTopology, deepspeed
 from megatron_ttl.parallel.plan import Layout, Place
 from megatron_ttl.runtime import Ranks, announce_ranks
+
+_LOST_PEER = re.compile(r"connection (was )?(closed|reset|likely closed)|broken pipe|remote process", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,11 @@ def join(ranks: Ranks, timeout_s: float = 1800.0, rendezvous: str | None = None)
                                 world_size=ranks.world_size, timeout=timedelta(seconds=timeout_s), **where)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return Mesh(ranks.rank, ranks.world_size, ranks.local_rank, device).cut()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether an error says no more than that another process is gone, or the way to it."""
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 
 def leave() -> None:

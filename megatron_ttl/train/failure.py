@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -15,13 +14,13 @@ from typing import NoReturn
 
 from megatron_ttl.console import print_faults
 from megatron_ttl.errors import ConfigError, ExitCode, UserError
-from megatron_ttl.parallel.mesh import Mesh
+from megatron_ttl.parallel.mesh import Mesh, is_lost_peer
 from megatron_ttl.runtime import Ranks, describe_process, leave_word, siblings
 from megatron_ttl.train.watchdog import Watchdog
 
 # Launchers look after their processes once a second at most, name the one that they find dead, and leave with its code.
 _SEEN_BY_LAUNCHER_S = 1.5
-_LOST_PEER = re.compile(r"connection (was )?(closed|reset|likely closed)|broken pipe|remote process", re.IGNORECASE)
+_ENDING = threading.Lock()
 
 
 @contextmanager
@@ -66,7 +65,7 @@ def siblings_watched(ranks: Ranks) -> Iterator[None]:
                     print(f"rank {ranks.rank} of {ranks.world_size} ({describe_process()}) lost another process, which "
                           "ended before the training began", file=sys.stderr, flush=True)
                 else:
-                    time.sleep(0.5)
+                    time.sleep(1.0)  # it may have looked half a second later
                 os._exit(int(ExitCode.FAILED))
 
     if ranks.world_size > 1:
@@ -84,19 +83,20 @@ def told_once(mesh: Mesh, watchdog: Watchdog | None = None) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         if mesh.world_size > 1:
-            _leave(mesh, error, watchdog)
+            end_process(mesh, error, watchdog)
         raise
 
 
-def _leave(mesh: Mesh, error: BaseException, watchdog: Watchdog | None) -> NoReturn:
+def end_process(mesh: Mesh, error: BaseException, watchdog: Watchdog | None = None) -> NoReturn:
     """Say what went wrong if this process is the first to fail, and end.
 
     The others fail a moment later, when they find their connections closed; what they would say of it is no reason, so
     they are silent, and end after the first. Nothing is closed in good order, for that would wait for peers that no
     longer answer.
     """
+    _ENDING.acquire()  # never given back: a second thread that fails waits for the end
     code = error.exit_code if isinstance(error, UserError) else ExitCode.FAILED
-    lost_peer = isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+    lost_peer = is_lost_peer(error)
     sys.stdout.flush()
     sys.stderr.flush()
     heard = os.dup(2)
@@ -117,7 +117,8 @@ def _leave(mesh: Mesh, error: BaseException, watchdog: Watchdog | None) -> NoRet
     if lost_peer and watchdog is not None:
         watchdog.keep_stacks()  # where it was when the other ended, perhaps because that one hung
     if lost_peer or not first:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if threading.current_thread() is threading.main_thread():  # Python lets no other one do it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_SEEN_BY_LAUNCHER_S)
     os._exit(int(code))
 

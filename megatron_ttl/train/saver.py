@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from megatron_ttl.checkpoint.peers import Peers, together
 from megatron_ttl.checkpoint.pieces import Piece
 from megatron_ttl.checkpoint.store import CheckpointStore, Saved
 from megatron_ttl.console import print_warning
+from megatron_ttl.errors import UserError
+from megatron_ttl.parallel.mesh import is_lost_peer
 from megatron_ttl.train.anomalies import DivergedError
 
 
@@ -39,8 +41,16 @@ class Saver:
     together. The thread talks to those of the other processes through `peers`, which nobody else may use.
     """
 
-    def __init__(self, store: CheckpointStore, peers: Peers) -> None:
-        self._store, self._peers = store, peers
+    def __init__(self, store: CheckpointStore, peers: Peers, lost: Callable[[Exception], None] = lambda _: None) -> None:
+        """Prepare.
+
+        Args:
+            store: where checkpoints go.
+            peers: from `Mesh.background`.
+            lost: called on the thread with what is no failing disk, such as the loss of another process; it may end
+                this one. The training may be waiting for the same process, and have no connection that would tell.
+        """
+        self._store, self._peers, self._lost = store, peers, lost
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self.stall_s = 0.0  # of the pending save: set by whoever begins it, for the copy is made there
@@ -80,9 +90,9 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Wait for what is being written: a run that fails now still keeps what it had."""
-        if self.pending:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Wait for what is being written: a run that fails now still keeps what it had, unless a process is lost."""
+        if self.pending and not (error is not None and is_lost_peer(error)):
             fault = self.settle().error
             if fault is not None:
                 print_warning(f"the last checkpoint was not kept: {fault}")
@@ -95,6 +105,8 @@ class Saver:
             saved = self._store.save(step, pieces, record, self._peers)
         except Exception as error:  # raised where the training looks
             fault = error
+            if not isinstance(error, UserError):
+                self._lost(error)
         self._outcome = Outcome(step, record["consumed_tokens"], saved, fault, list(self._store.warnings),
                                 stall_s=0.0, write_s=time.perf_counter() - began)
 

@@ -25,6 +25,7 @@ from megatron_ttl.train.anomalies import NonFiniteSteps, SpikeDetector
 from megatron_ttl.train.changed_settings import with_recorded_skips
 from megatron_ttl.train.energy import EnergyMeter, carry_on
 from megatron_ttl.train.engine import Engine
+from megatron_ttl.train.failure import end_process
 from megatron_ttl.train.metrics import MetricLogger
 from megatron_ttl.train.open_data import open_data, tokenizer_directory
 from megatron_ttl.train.row_file import trim_rows
@@ -163,13 +164,20 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     watchdog = watchdog or Watchdog()
     engine.beat = watchdog.beat
     session = Session(run, mesh, folder, dataset, held_out, Schedule.of(run), engine, energy, metrics,
-                      Saver(folder.store, mesh.background()), watchdog, profile.train_micro_batch_size_per_gpu,
+                      _saver(folder, mesh, watchdog), watchdog, profile.train_micro_batch_size_per_gpu,
                       profile.cut.replica_check_steps, SpikeDetector(run.log.spike_sigmas),
                       NonFiniteSteps(run.train.max_nonfinite_steps))
     if checkpoint is not None:
         _resume(session, checkpoint)
     _introduce(session, checkpoint)
     return session
+
+
+def _saver(folder: RunFolder, mesh: Mesh, watchdog: Watchdog) -> Saver:
+    """Return what writes checkpoints; where it loses another process, this one ends as well."""
+    if mesh.world_size == 1:
+        return Saver(folder.store, mesh.background())
+    return Saver(folder.store, mesh.background(), lambda error: end_process(mesh, error, watchdog))
 
 
 def _claim(folder: RunFolder, mesh: Mesh) -> Checkpoint | None:

@@ -88,7 +88,7 @@ def test_steps_go_on_and_saves_keep_their_order(data, tmp_path, processes):
         assert seen.index("wrote 2") > [i for i, event in enumerate(seen) if event == "step"][2]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     kept = [row for row in rows if row["event"] == "checkpoint"]
-    assert [row["step"] for row in kept] == [2, 4, 6, 8] and all(row["write_s"] > row["stall_s"] for row in kept[:1])
+    assert [row["step"] for row in kept] == [2, 4, 6, 8] and all(row["write_s"] > 0.3 <= row["stall_s"] for row in kept[-1:])
     assert all(row["bytes"] > 100_000 and row["tokens"] == row["step"] * 256 for row in kept)
 
 
