@@ -69,7 +69,7 @@ def check(job, section, kind, victim, processes, root_cause, slack_s=0):
     if root_cause and kind != "exit":  # which looks like success: then it is whoever noticed
         assert f"rank      : {victim} " in log.split("Root Cause")[1], log
     newest = CheckpointStore(job.folder / "run/checkpoints").latest_valid()
-    kept = {"start": {0}, "met": {0}, "data": {0, 2}, "step": {2}, "save": {2}, "evaluate": {4, 8}}[section]
+    kept = {"start": {0}, "met": {0}, "data": {0, 2}, "step": {0, 2}, "save": {2}, "evaluate": {2, 4, 6, 8}}[section]
     assert (newest.step if newest else 0) in kept, log
     shutil.rmtree(job.folder)
 
