@@ -44,8 +44,8 @@ class Ranks:
     master_address: str | None = None
     master_port: int | None = None
     launcher: str = "none"
-    siblings: frozenset[int] = frozenset()
-    """Those that the same launcher had started on this machine when this process started."""
+    local_world_size: int = 1
+    """How many the launcher starts on this machine; 1 where it does not say."""
 
     @property
     def is_first(self) -> bool:
@@ -60,17 +60,18 @@ def discover_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
         ConfigError: words where numbers must be; or prterun, which tells a process too little, and no mpi4py.
     """
     env = os.environ if environment is None else environment
-    for name, rank_key, world_key, local_key, _ in _LAUNCHERS:
+    for name, rank_key, world_key, local_key, local_world_key in _LAUNCHERS:
         # `sbatch` without `srun` sets SLURM_PROCID too: only a step (srun) starts several of us.
         if rank_key not in env or world_key not in env or (name == "Slurm" and "SLURM_STEP_ID" not in env):
             continue
         try:
             rank, world, local = (int(env.get(key, "0")) for key in (rank_key, world_key, local_key))
             port = int(env.get("MASTER_PORT", "29511"))
+            beside = env.get(local_world_key) or env.get("LOCAL_SIZE", "")  # deepspeed's word
         except ValueError:
             raise ConfigError(f"environment: {rank_key}={env[rank_key]!r}, {world_key}={env[world_key]!r}; "
                               f"they must be whole numbers; start again through {name}") from None
-        return Ranks(rank, world, local, env.get("MASTER_ADDR"), port, name, siblings())
+        return Ranks(rank, world, local, env.get("MASTER_ADDR"), port, name, int(beside) if beside.isdigit() else 1)
     if "PRTE_LAUNCHED" in env and "PMIX_RANK" in env:  # prterun, what is below mpirun: no word of how many there are
         return _ask_mpi("prterun")
     return Ranks()

@@ -37,6 +37,10 @@ ALONE: Peers = _Alone()
 _KINDS = {kind.__name__: kind for kind in (CheckpointError, DiskError)}
 
 
+class PeerFailedError(RuntimeError):
+    """Another process met an error of ours, and will say so."""
+
+
 def together(peers: Peers, action: Callable[[], Any]) -> list[Any]:
     """Do something on every process, and go on only if it went well on all: none is left waiting for another.
 
@@ -49,7 +53,7 @@ def together(peers: Peers, action: Callable[[], Any]) -> list[Any]:
 
     Raises:
         CheckpointError, DiskError: what the first faulty process raised, on all of them.
-        Exception: an error of ours; as it is where it happened, on the others a RuntimeError that quotes it.
+        Exception: an error of ours; as it is where it happened, on the others a PeerFailedError that quotes it.
     """
     fault: Exception | None = None
     result = None
@@ -68,7 +72,7 @@ def together(peers: Peers, action: Callable[[], Any]) -> list[Any]:
     answers = [json.loads(text) for text in peers.gather_text(json.dumps(answer))]
     for rank, answer in enumerate(answers):  # before the disk's faults: a run survives those
         if answer["traceback"]:
-            raise fault if fault and not known else RuntimeError(f"rank {rank} failed:\n{answer['traceback']}")
+            raise fault if fault and not known else PeerFailedError(f"rank {rank} failed:\n{answer['traceback']}")
     for rank, answer in enumerate(answers):
         if answer["kind"]:
             raise_faults(_KINDS[answer["kind"]], [f"rank {rank}: {text}" for text in answer["faults"]])

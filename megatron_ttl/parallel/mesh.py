@@ -108,14 +108,14 @@ class Mesh:
         group = dist.new_group(backend="gloo") if self.world_size > 1 else None
         return BackgroundPeers(self.rank, self.world_size, group)
 
-    def first_to_fail(self) -> bool:
-        """Tell the others that this process fails; return whether none did before."""
+    def first_to_fail(self) -> bool | None:
+        """Tell the others that this process fails; return whether none did before, None where the count is lost."""
         try:
             store = dist.distributed_c10d._get_default_store()
             store.set_timeout(timedelta(seconds=5))
             return store.add("megatron_ttl/failures", 1) == 1
         except (RuntimeError, ValueError):  # whoever keeps the count is gone: it failed first
-            return self.world_size == 1
+            return True if self.world_size == 1 else None
 
     def cut(self, tensor: int = 1, pipeline: int = 1, sequence: bool = False) -> Mesh:
         """Return the same processes on three axes; what the first two degrees leave is data parallel.

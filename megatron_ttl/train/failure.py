@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from megatron_ttl.checkpoint.peers import PeerFailedError
 from megatron_ttl.console import print_faults
 from megatron_ttl.errors import ConfigError, ExitCode, UserError
 from megatron_ttl.parallel.mesh import Mesh, is_lost_peer
@@ -52,20 +53,20 @@ def siblings_watched(ranks: Ranks) -> Iterator[None]:
     Groups of processes are made then, and one that never comes is waited for as long as for one that is late. Launchers
     end the others only if it failed, not if it ended as if it was done. During training the connections tell.
     """
-    known, over = set(ranks.siblings), threading.Event()
+    over = threading.Event()
 
     def look() -> None:
         while not over.wait(0.5):
-            known.update(alive := siblings())
+            alive = siblings()
             if not alive:  # no launcher, or none any more: `stop_with_launcher` sees to that
                 return
-            # Whoever has a reason says it in this second, and launchers do their part.
-            if alive != known and not over.wait(1.0):
+            # Whoever has a reason says it in this second, launchers do their part, and a slow one starts the last.
+            if len(alive) < ranks.local_world_size and not over.wait(1.0) and len(siblings()) < ranks.local_world_size:
                 if os.getpid() == min(alive):
                     print(f"rank {ranks.rank} of {ranks.world_size} ({describe_process()}) lost another process, which "
                           "ended before the training began", file=sys.stderr, flush=True)
                 else:
-                    time.sleep(1.0)  # it may have looked half a second later
+                    time.sleep(_SEEN_BY_LAUNCHER_S)  # the one that speaks may look half a second later
                 os._exit(int(ExitCode.FAILED))
 
     if ranks.world_size > 1:
@@ -96,12 +97,19 @@ def end_process(mesh: Mesh, error: BaseException, watchdog: Watchdog | None = No
     """
     _ENDING.acquire()  # never given back: a second thread that fails waits for the end
     code = error.exit_code if isinstance(error, UserError) else ExitCode.FAILED
+    if isinstance(error, PeerFailedError):
+        time.sleep(0.3)  # it has the reason and is about to say it
     lost_peer = is_lost_peer(error)
     sys.stdout.flush()
     sys.stderr.flush()
     heard = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where torch's C++ prints how it lost its store
     first = mesh.first_to_fail()
+    if first is None and lost_peer and mesh.rank == 1:
+        os.dup2(heard, 2)
+        print(f"rank 1 of {mesh.world_size} ({describe_process()}) lost another process, the first one; if it said "
+              "nothing it was killed from outside, for want of memory for instance, or the network failed",
+              file=sys.stderr, flush=True)
     if first:
         os.dup2(heard, 2)
         if isinstance(error, UserError):

@@ -16,7 +16,7 @@ from store_states import cut, flip
 
 from megatron_ttl.checkpoint import manifest as manifest_module
 from megatron_ttl.checkpoint import store as store_module
-from megatron_ttl.checkpoint.peers import together
+from megatron_ttl.checkpoint.peers import PeerFailedError, together
 from megatron_ttl.checkpoint.store import CheckpointStore
 from megatron_ttl.errors import CheckpointError, DiskError
 
@@ -146,7 +146,7 @@ def test_an_error_of_ours_on_one_process_reaches_all(tmp_path: Path, monkeypatch
     results = save(tmp_path, 10, 3)
     assert results[victim] is mine
     for error in results[:victim] + results[victim + 1 :]:
-        assert type(error) is RuntimeError and f"rank {victim} failed:\n" in str(error)
+        assert type(error) is PeerFailedError and f"rank {victim} failed:\n" in str(error)
         assert "KeyError: 'a weight that is not there'" in str(error)
     assert os.listdir(tmp_path) == ["step-00000005"]
     assert_whole(tmp_path, 5)
@@ -160,7 +160,7 @@ def test_an_error_of_ours_outweighs_the_disks(tmp_path: Path) -> None:
         return together(peers, fail) if peers.rank < 2 else together(peers, lambda: 1)
 
     kinds = [type(error) for error in on_all(3, action)]
-    assert kinds == [RuntimeError, ZeroDivisionError, RuntimeError]
+    assert kinds == [PeerFailedError, ZeroDivisionError, PeerFailedError]
 
 
 def test_the_first_faulty_process_speaks_for_all(tmp_path: Path) -> None:

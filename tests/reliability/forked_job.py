@@ -189,7 +189,7 @@ def _launch(folder: str, arguments: list[str], processes: int, planted: bool, ag
         pids.append(os.fork())
         if pids[-1] == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                           "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             _rank(arguments, planted)
     _look_after(pids)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import sys
 import time
@@ -43,17 +45,23 @@ def nothing_in_shared_memory():
     assert not left
 
 
-def check(job, section, kind, victim, processes, root_cause):
+def limit_s():
+    """Seconds from the fault to the end of the launcher; where processes queue for a core it says nothing of ours."""
+    return 5 if os.getloadavg()[0] < os.cpu_count() else 20
+
+
+def check(job, section, kind, victim, processes, root_cause, slack_s=0):
     """See that a job ended as it must."""
     code = job.wait(60)
     took = time.time() - float((job.folder / "fault-at").read_text())
     log = job.log
     assert code not in (0, 85), log
-    assert took < 5, f"{took:.1f} s\n{log}"
+    assert took < limit_s() + slack_s, f"{took:.1f} s\n{log}"
     assert not job.wait_for_orphans(2), log
     if kind in SAID:
         assert log.count("failed:\nTraceback") == 1 == log.count(f"rank {victim} of {processes} (host"), log
-        assert ("ZeroDivisionError: planted" if kind == "raise" else "MemoryError") in log
+        # Without memory torch may be the first to miss it.
+        assert re.search("ZeroDivisionError: planted" if kind == "raise" else "MemoryError|Cannot allocate memory", log)
     else:
         assert "failed:\nTraceback" not in log, log
         told = log.count(" lost another process")
@@ -62,7 +70,7 @@ def check(job, section, kind, victim, processes, root_cause):
         assert f"rank      : {victim} " in log.split("Root Cause")[1], log
     newest = CheckpointStore(job.folder / "run/checkpoints").latest_valid()
     # Checkpoints are written behind the training: the last one that was begun may be lost with the process.
-    kept = {"start": {0}, "met": {0}, "data": {0, 2}, "step": {0, 2}, "save": {0, 2}, "evaluate": {2, 4, 6, 8}}[section]
+    kept = {"start": {0}, "met": {0}, "data": {0, 2}, "step": {0, 2}, "save": {2}, "evaluate": {2, 4, 6, 8}}[section]
     assert (newest.step if newest else 0) in kept, log
     shutil.rmtree(job.folder)
 
@@ -88,4 +96,4 @@ def test_under_other_launchers(repository, data, tmp_path, name, section, kind, 
     if name == "mpirun" and not (Path(sys.executable).parent / "mpirun").exists() and not shutil.which("mpirun"):
         pytest.skip("mpirun is not installed")
     job = LauncherJob(repository, tmp_path, data, launcher(name), TENSOR_DATA, (section, str(victim), kind))
-    check(job, section, kind, victim, 2, root_cause=False)
+    check(job, section, kind, victim, 2, root_cause=False, slack_s=3)  # it looks once a second
