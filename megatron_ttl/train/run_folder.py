@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import time
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_ttl.checkpoint.bounded_json import read_json_object
 from megatron_ttl.checkpoint.peers import ALONE, Peers
 from megatron_ttl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_ttl.config.changes import forbidden_changes
@@ -80,7 +80,7 @@ class RunFolder:
         checkpoint = self.store.latest_valid(peers)
         run = self.settings.run
         if checkpoint is not None:
-            raise_faults(ConfigError, forbidden_changes(self._stored()["run"], run))
+            raise_faults(ConfigError, forbidden_changes(self._stored(), run))
             return checkpoint, list(self.store.warnings)
         if run.run.start_from is None:
             return None, []
@@ -89,12 +89,17 @@ class RunFolder:
         return parent, []
 
     def _stored(self) -> dict[str, Any]:
+        """Return the run file as the run began with it."""
         path = self.path / "settings.json"
+        cure = "they must lie beside its checkpoints; restore the file or choose another run.dir"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: the settings of the run cannot be read ({error}); they must lie beside its "
-                                  "checkpoints; restore the file or choose another run.dir") from None
+            stored = read_json_object(path, follow_links=True).get("run")
+        except CheckpointError as error:
+            what = error.faults[0].removeprefix(f"{path}: ").partition(";")[0]
+            raise CheckpointError(f"{path}: the settings of the run cannot be read (it {what}); {cure}") from None
+        if not isinstance(stored, dict):
+            raise CheckpointError(f"{path}: the settings of the run cannot be read (they have no 'run'); {cure}")
+        return stored
 
     def describe(self, deepspeed_settings: dict[str, Any], versions: dict[str, str], tokenizer: Path) -> None:
         """Write the settings as given and as resolved, and a copy of the tokenizer."""
