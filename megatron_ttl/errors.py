@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 
+_LONGEST_FAULT = 2000  # characters: what is larger holds a part of some file, not a name of ours
+
+
 class ExitCode(IntEnum):
     """Status with which every command of the project ends (documented in README.md)."""
 
@@ -21,13 +24,14 @@ class ExitCode(IntEnum):
 class UserError(ValueError):
     """One or several faults that the user can repair; printed without a traceback.
 
-    A fault reads `<where>: <what it is>; <what it must be>; <what to do>`. Pass all of them at once.
+    A fault reads `<where>: <what it is>; <what it must be>; <what to do>`. Pass all of them at once. It is one line:
+    what a hostile file or a path puts into it (line breaks, colours of a terminal, half characters) is written out.
     """
 
     exit_code = ExitCode.USAGE
 
     def __init__(self, *faults: str) -> None:
-        self.faults = list(faults)
+        self.faults = [_on_one_line(fault) for fault in faults]
         super().__init__("\n".join(self.faults))
 
 
@@ -47,6 +51,15 @@ class DiskError(UserError):
     """The disk cannot take what must be written."""
 
     exit_code = ExitCode.DISK
+
+
+def _on_one_line(text: str) -> str:
+    if len(text) > _LONGEST_FAULT:
+        half = _LONGEST_FAULT // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def raise_faults(error: type[UserError], faults: Iterable[str]) -> None:

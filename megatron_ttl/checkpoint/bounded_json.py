@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_ttl.config.read import is_deep
 from megatron_ttl.errors import CheckpointError
 
 MAX_JSON_BYTES = 4 << 20
 """Enough for the manifest of 30,000 tensors; what is larger was not written by us."""
 
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 _CURE = "restore the file from a copy, or use another checkpoint or model folder"
 
 
@@ -60,7 +63,7 @@ def read_json_object(path: Path, follow_links: bool = False) -> dict[str, Any]:
 
 
 def parse_json_object(payload: bytes, path: Path) -> dict[str, Any]:
-    """Parse one JSON object; NaN, infinity and duplicate keys are refused.
+    """Parse one JSON object; NaN, infinity, duplicate keys and half characters are refused.
 
     Raises:
         CheckpointError: it is something else; the fault names `path`.
@@ -68,6 +71,10 @@ def parse_json_object(payload: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(payload.decode("utf-8"), parse_constant=_refuse_constant,
                            object_pairs_hook=_without_duplicates)
+        if is_deep(value):
+            raise RecursionError
+        if _HALF_CHARACTER.search(payload):  # alone, or with its other half beside it
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise CheckpointError(f"{path}: is nested too deeply; it must be a plain JSON object; "
                               f"{_CURE}") from None

@@ -92,7 +92,7 @@ def find_weights(folder: Path, config: ModelConfig) -> WeightFiles:
                                              file_of)
                     file_of[name] = file
         except (SafetensorError, OSError) as error:
-            faults.append(f"{file}: is no readable safetensors file ({error})")
+            faults.append(f"{file}: is no readable safetensors file ({error}); it must be one")
     missing = [name for name in expected if name not in file_of]
     faults += [f"{name}: is missing; the config asks for {expected[name]}" for name in missing]
     raise_faults(CheckpointError, (f"{folder}: {fault}; {_CURE}" for fault in faults))

@@ -22,6 +22,7 @@ from megatron_ttl.files import checksum, checksum_bytes
 
 MANIFEST = "manifest.json"
 RECORD = "record.json"
+_MOST_FAULTS = 100  # a hostile manifest can have a million, a kilobyte each
 _CURE = "use another checkpoint"
 _GROUP = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _RANKED = r"-[0-9]{5}\.safetensors"
@@ -43,16 +44,16 @@ class PieceEntry(_Strict):
     """A part of a tensor in one of the files, under the tensor's name."""
 
     file: str
-    offset: list[int]
-    shape: list[int]
+    offset: list[int] = Field(fail_fast=True)
+    shape: list[int] = Field(fail_fast=True)
 
 
 class TensorEntry(_Strict):
     """One tensor, in the words of safetensors; without pieces it lies whole in its group's only file."""
 
     dtype: str
-    shape: list[int]
-    pieces: list[PieceEntry] | None = None
+    shape: list[int] = Field(fail_fast=True)
+    pieces: list[PieceEntry] | None = Field(default=None, fail_fast=True)
 
     def whole(self, file: str) -> PieceEntry:
         """Return the only piece of a tensor that is in one."""
@@ -176,6 +177,9 @@ def read_manifest(folder: Path, step: int | None = None) -> Manifest:
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
+        if error.error_count() > _MOST_FAULTS:
+            raise CheckpointError(f"{path}: {error.error_count():,} of its values are wrong; it must be as it was "
+                                  f"written; {_CURE}") from None
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{path}: {where}: {first['msg']}; it must be as it was written; "

@@ -7,11 +7,14 @@ import inspect
 import textwrap
 import types
 from collections.abc import Iterator
+from functools import cache
+from itertools import islice
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+_MOST_SHOWN = 80  # elements of a list: more than a line takes
 _BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false",
                           str: "a text in quotes"}
@@ -74,14 +77,16 @@ def _bound(value: float) -> str:
     return {2**63: "2^63", 2**40: "2^40", 2**31 - 1: "2^31 - 1"}.get(value, f"{value:,}")  # type: ignore[call-overload]
 
 
-def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """List the dotted keys of a schema, tables included; `x[].y` is a key of the tables in list x."""
-    return [path for path, _, _ in walk(model, prefix)]
+@cache
+def known_keys(model: type[BaseModel]) -> tuple[str, ...]:
+    """Return the dotted keys of a schema, tables included; `x[].y` is a key of the tables in list x."""
+    return tuple(path for path, _, _ in walk(model))
 
 
-def leaf_keys(model: type[BaseModel]) -> list[str]:
-    """List the dotted keys that hold a value; a list of tables is one value."""
-    return [path for path, _, leaf in walk(model) if leaf and "[]" not in path]
+@cache
+def leaf_keys(model: type[BaseModel]) -> tuple[str, ...]:
+    """Return the dotted keys that hold a value; a list of tables is one value."""
+    return tuple(path for path, _, leaf in walk(model) if leaf and "[]" not in path)
 
 
 def walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo, bool]]:
@@ -109,6 +114,7 @@ def documentation(model: type[BaseModel], prefix: str = "") -> list[tuple[str, s
     return rows
 
 
+@cache
 def field_texts(model: type[BaseModel]) -> dict[str, str]:
     """Read the text under each field of a schema from its source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(model))).body[0]
@@ -132,9 +138,9 @@ def show(value: Any) -> str:
     elif isinstance(value, BaseModel):
         text = show(value.model_dump())
     elif isinstance(value, dict):
-        text = "{" + ", ".join(f"{k} = {show(v)}" for k, v in value.items()) + "}"
+        text = "{" + ", ".join(f"{k} = {show(v)}" for k, v in islice(value.items(), _MOST_SHOWN)) + "}"
     elif isinstance(value, (list, tuple)):
-        text = "[" + ", ".join(show(item) for item in value) + "]"
+        text = "[" + ", ".join(show(item) for item in value[:_MOST_SHOWN]) + "]"
     else:
         text = str(value)
     text = " ".join(text.split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,7 +193,7 @@ def _unknown_in_profile(key: str) -> tuple[str, set[str]]:
     return _unknown(key, own, known_keys(RunFile), "the DeepSpeed JSON", "the run file")
 
 
-def _unknown(key: str, own: list[str], others: list[str], file: str, other_file: str) -> tuple[str, set[str]]:
+def _unknown(key: str, own: Sequence[str], others: Sequence[str], file: str, other_file: str) -> tuple[str, set[str]]:
     """Return the fault of an unknown key, and the keys of this file that were probably meant."""
     path = without_indices(key)
     leaf = split_key(path)[1].lower()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_ttl.config.describe import leaf_keys
+from megatron_ttl.config.read import DEEPEST, is_deep
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.config.suggest import split_key
 
@@ -20,8 +21,12 @@ def parse_value(text: str) -> tuple[Any, str]:
 
     What is not TOML is a bare word and taken as text; what opens a list, a table or a quotation must be TOML.
     """
+    if any("\ud800" <= char <= "\udfff" for char in text):  # how Python passes on bytes that are no UTF-8
+        return None, "has a value that is no UTF-8; must be Unicode; write it in a UTF-8 terminal"
     try:
         table = tomllib.loads(f"value = {text}")
+        if is_deep(table):
+            raise ValueError(f"is nested more than {DEEPEST} levels deep")
     except (ValueError, RecursionError) as error:
         if text[:1] in ("[", "{", '"', "'"):
             reason = str(error).partition(" (at ")[0]

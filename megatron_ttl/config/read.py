@@ -8,6 +8,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+LARGEST_BYTES = 256 << 10
+"""Of a settings file; one that explains every key has a few KiB."""
+DEEPEST = 100
+"""Levels of nesting: no file of ours has ten, and what walks through values must not run out of stack."""
 _JSON_TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+)
       | (?P<comment>//[^\n]*|/\*.*?(?:\*/|\Z)|\#[^\n]*)
@@ -23,10 +27,14 @@ _TOML_PLACE = re.compile(r"^(?P<what>.*) \(at line (?P<line>\d+), column (?P<col
 def read_text(path: Path, what: str, option: str) -> tuple[str, list[str]]:
     """Return the text of a settings file and the faults found on the way (then the text is empty)."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as handle:
+            payload = handle.read(LARGEST_BYTES + 1)
+        text = payload.decode("utf-8-sig") if len(payload) <= LARGEST_BYTES else ""
         if text.strip():
             return text, []
         is_, do = "is empty", f"write it, or give another with {option}"
+        if len(payload) > LARGEST_BYTES:
+            is_, do = f"is larger than {LARGEST_BYTES >> 10} KiB", f"give another with {option}"
     except FileNotFoundError:
         is_, do = "does not exist", f"give its path with {option}"
     except IsADirectoryError:
@@ -38,10 +46,24 @@ def read_text(path: Path, what: str, option: str) -> tuple[str, list[str]]:
     return "", [f"{path}: {is_}; it must be {what}; {do}"]
 
 
+def is_deep(value: Any) -> bool:
+    """Tell whether tables and lists are nested deeper than `DEEPEST`, without nesting calls."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [item for part in level if isinstance(part, dict | list)
+                 for item in (part.values() if isinstance(part, dict) else part)]
+        if not level:
+            return False
+    return True
+
+
 def parse_toml(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the tables of a TOML text and its faults (then the tables are empty)."""
     try:
-        return tomllib.loads(text), []
+        tables = tomllib.loads(text)
+        if is_deep(tables):
+            raise ValueError(f"is nested more than {DEEPEST} levels deep")
+        return tables, []
     except tomllib.TOMLDecodeError as error:
         place = _TOML_PLACE.match(str(error))
         where = f"{path}:{place['line']}:{place['column']}" if place else str(path)
@@ -61,6 +83,8 @@ def parse_json(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, faults
     try:
         value = json.loads(text)
+        if is_deep(value):
+            raise RecursionError(f"is nested more than {DEEPEST} levels deep")
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}:{error.colno}"
         return {}, [f"{where}: {error.msg}; the DeepSpeed configuration must be JSON; repair this line"]

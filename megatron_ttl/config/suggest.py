@@ -35,11 +35,14 @@ def nearest_keys(path: str, known: Iterable[str]) -> list[str]:
     parent, leaf = split_key(path)
     leaf = _plain(leaf)
     limit = max(1.0, len(leaf) / 3)
+    letters = set(leaf)
     scored: list[tuple[float, str]] = []
     for candidate in known:
         candidate_parent, candidate_leaf = split_key(candidate)
         candidate_leaf = _plain(candidate_leaf)
         if abs(len(candidate_leaf) - len(leaf)) > max(limit, 2):  # too far for any letters, or a plural
+            continue
+        if len(letters.symmetric_difference(candidate_leaf)) > 2 * limit:  # a slip adds a letter, takes one, or both
             continue
         cost = _leaf_cost(leaf, candidate_leaf)
         if cost <= limit:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -24,6 +25,7 @@ from megatron_ttl.config.describe import (
 )
 from megatron_ttl.config.suggest import did_you_mean, nearest_words
 
+_MOST_ERRORS = 2_000
 Model = TypeVar("Model", bound=BaseModel)
 Path = tuple[str | int, ...]
 
@@ -55,7 +57,8 @@ def validate(model: type[Model], raw: dict[str, Any],
     strange = tuple(faults)
     missing: dict[str, str] = {}
     meant: set[str] = set()
-    for path, kind in _errors(model, plain):
+    errors = list(islice(_errors(model, plain), _MOST_ERRORS + 1))
+    for path, kind in errors[:_MOST_ERRORS]:
         key = dotted(path)
         if any(key == other or key.startswith((other + ".", other + "[")) for other in strange):
             continue
@@ -73,6 +76,10 @@ def validate(model: type[Model], raw: dict[str, Any],
     # A list with a faulty element is also reported as too short; the element says it better.
     lists = {_leaf_of(key) for key in faults if "[" in key}
     faults = {key: text for key, text in faults.items() if key not in lists}
+    if len(errors) > _MOST_ERRORS:  # another kind of file, or a hostile one: not a minute for every key
+        faults["..."] = "are more keys that are wrong; must be those of the schema; begin with the ones above"
+        wrong |= set(known_keys(model))
+        plain = {}
     if faults or wrong:
         return Checked(_partial(model, plain, wrong), tuple(faults.items()), frozenset(wrong))
     # JSON mode: arrays become tuples and 1 becomes 1.0 where the schema says so; all else stays strict.
@@ -107,7 +114,8 @@ def _errors(model: type[BaseModel], plain: dict[str, Any]) -> Iterator[tuple[Pat
 
 
 def _without_strange_values(raw: Any, path: Path, faults: dict[str, str]) -> Any:
-    """Copy `raw` without what JSON cannot hold: TOML's dates and times, and the numbers that are none."""
+    """Copy `raw` without what JSON cannot hold: TOML's dates and times, numbers that are none, and integers
+    of any length, which neither floats nor Python's own printing can take."""
     if isinstance(raw, dict):
         kept = {key: _without_strange_values(value, (*path, key), faults) for key, value in raw.items()}
         return {key: value for key, value in kept.items() if dotted((*path, key)) not in faults}
@@ -115,6 +123,8 @@ def _without_strange_values(raw: Any, path: Path, faults: dict[str, str]) -> Any
         return [_without_strange_values(value, (*path, i), faults) for i, value in enumerate(raw)]
     if isinstance(raw, float) and not math.isfinite(raw):
         faults[dotted(path)] = f"is {raw}; must be a finite number; write one"
+    elif isinstance(raw, int) and abs(raw) >= 2**64:
+        faults[dotted(path)] = f"is a whole number of {raw.bit_length():,} bits; must fit into 64; write a smaller one"
     elif isinstance(raw, (datetime.date, datetime.time)):
         faults[dotted(path)] = f"is a date or time ({raw}); must be a number or a text; put a text in quotes"
     return None if dotted(path) in faults else raw

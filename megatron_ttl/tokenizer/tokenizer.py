@@ -79,12 +79,16 @@ class Tokenizer:
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); it must be readable; "
                             f"{_CURE}") from None
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):
             processor = None
         if processor is None:
             raise DataError(f"{path}: is not a SentencePiece model; it may be damaged or another file; "
                             f"{_CURE}")
-        raise_faults(DataError, (f"{path}: {fault}; {_CURE}" for fault in _model_faults(processor)))
+        try:
+            faults = _model_faults(processor)
+        except UnicodeDecodeError as error:
+            faults = [f"has a piece that is no UTF-8 ({error.reason}); the file may be damaged"]
+        raise_faults(DataError, (f"{path}: {fault}; {_CURE}" for fault in faults))
         return cls(processor, directory, checksum(path))
 
     def encode(self, text: str) -> list[int]:

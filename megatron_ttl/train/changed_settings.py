@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +29,10 @@ def read_settings_of_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / SETTINGS
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json_object(path, follow_links=True)
         why = "" if _is_table(stored, "run") else "it has no table \"run\""
-    except (OSError, ValueError) as error:
-        why = str(error)
+    except CheckpointError as error:
+        why = "it " + error.faults[0].removeprefix(f"{path}: ").partition(";")[0]
     if why:
         raise CheckpointError(f"{path}: the settings of the run cannot be read ({why}); they must lie beside its "
                               "checkpoints; restore the file or choose another run.dir")

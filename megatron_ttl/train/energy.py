@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -264,5 +265,11 @@ def carry_on(checkpoint: dict[str, Any] | None, last_row: dict[str, Any] | None)
 
 
 def _amounts(record: dict[str, Any] | None) -> tuple[float, float]:
-    record = record or {}
-    return float(record.get("energy_kwh") or 0.0), float(record.get("emissions_kg_co2e") or 0.0)
+    energy, emissions = ((record or {}).get(key) for key in ("energy_kwh", "emissions_kg_co2e"))
+    return _amount(energy), _amount(emissions)
+
+
+def _amount(value: Any) -> float:
+    """Return a total as it was written; nothing for what is none, as a damaged row of metrics may have it."""
+    is_amount = isinstance(value, int | float) and 0 <= value <= sys.float_info.max
+    return float(value) if is_amount else 0.0

@@ -88,7 +88,8 @@ def _trim_rows(path: Path, last_step: int) -> dict[str, Any] | None:
     keep, cut = 0, 0
     for end, row in _lines(path):
         last = row or last
-        if cut or (row or {}).get("step", 0) > last_step:
+        step = (row or {}).get("step")
+        if cut or isinstance(step, int) and step > last_step:
             cut += 1
         else:
             keep = end
@@ -106,7 +107,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             end += len(line)
             try:
                 row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             yield end, row if isinstance(row, dict) else None
 
