@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_ttl.errors import CheckpointError
+from megatron_ttl.files import read_regular
 
 MAX_JSON_BYTES = 4 << 20
 """Enough for the manifest of 30,000 tensors; what is larger was not written by us."""
 
+_DEEPEST = 64
 _CURE = "restore the file from a copy, or use another checkpoint or model folder"
 
 
@@ -27,27 +27,13 @@ def read_regular_file(path: Path, limit_bytes: int, follow_links: bool = False) 
     Raises:
         CheckpointError: it is missing, cannot be read, is no regular file or is too large.
     """
-    # Without O_NONBLOCK, opening a FIFO would wait for ever.
-    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, flags)
+        return read_regular(path, limit_bytes, follow_links)
     except OSError as error:
         is_link = path.is_symlink() and not follow_links
         what = "is a symbolic link" if is_link else f"cannot be read ({error.strerror})"
-        raise CheckpointError(f"{path}: {what}; it must be a regular file; {_CURE}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{path}: is no regular file; it must be one; {_CURE}")
-    with open(descriptor, "rb") as handle:
-        size = os.fstat(descriptor).st_size
-        if size > limit_bytes:
-            raise CheckpointError(f"{path}: has {size:,} bytes; it must have at most {limit_bytes:,}; "
-                                  f"{_CURE}")
-        try:
-            return handle.read(limit_bytes)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); it must be readable; "
-                                  f"{_CURE}") from None
+        raise CheckpointError(f"{path}: {what}; it must be a regular file of at most {limit_bytes:,} bytes; "
+                              f"{_CURE}") from None
 
 
 def read_json_object(path: Path, follow_links: bool = False) -> dict[str, Any]:
@@ -73,9 +59,22 @@ def parse_json_object(payload: bytes, path: Path) -> dict[str, Any]:
                               f"{_CURE}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: is not JSON ({error}); it must be a JSON object; {_CURE}") from None
+    if _is_deep(value):
+        raise CheckpointError(f"{path}: is nested too deeply; it must be a plain JSON object; {_CURE}")
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds {type(value).__name__}; it must be a JSON object; {_CURE}")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether something is nested deeper than those who walk through it can stand."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [child for item in level if isinstance(item, dict | list)
+                 for child in (item.values() if isinstance(item, dict) else item) if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _refuse_constant(word: str) -> NoReturn:

@@ -8,6 +8,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from megatron_ttl.files import read_regular
+
+MAX_SETTINGS_BYTES = 128 << 10
+"""Of a run file and of a DeepSpeed JSON: some KB are usual, and what is larger could take long to read."""
 _JSON_TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+)
       | (?P<comment>//[^\n]*|/\*.*?(?:\*/|\Z)|\#[^\n]*)
@@ -23,7 +27,7 @@ _TOML_PLACE = re.compile(r"^(?P<what>.*) \(at line (?P<line>\d+), column (?P<col
 def read_text(path: Path, what: str, option: str) -> tuple[str, list[str]]:
     """Return the text of a settings file and the faults found on the way (then the text is empty)."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_regular(path, MAX_SETTINGS_BYTES).decode("utf-8-sig")
         if text.strip():
             return text, []
         is_, do = "is empty", f"write it, or give another with {option}"

@@ -6,10 +6,15 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_ttl.console import print_warning
+from megatron_ttl.errors import ConfigError
+from megatron_ttl.files import open_own
+
+_LONGEST_ROW = 1 << 20  # bytes; a row has some hundred
 
 
 class RowFile:
@@ -19,7 +24,7 @@ class RowFile:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         repair(self.path)
-        self._handle = open(self.path, "ab", buffering=0)
+        self._handle = _open(self.path)
         self._waiting = b""
         self._warned = False
 
@@ -52,8 +57,9 @@ class RowFile:
 
 def repair(path: Path) -> None:
     """Cut a last line that a killed process left torn, and say so."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
+    _open(path).close()
     size = path.stat().st_size
     whole = 0
     for end, row in _lines(path):
@@ -69,7 +75,7 @@ def trim_rows(path: Path, last_step: int) -> dict[str, Any] | None:
     That row may know totals (energy) that no checkpoint has.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     repair(path)
     last: dict[str, Any] | None = None
@@ -86,15 +92,28 @@ def trim_rows(path: Path, last_step: int) -> dict[str, Any] | None:
     return last
 
 
+def _open(path: Path) -> IO[bytes]:
+    """Open the file to append; it is changed in place, so it must be the run's own.
+
+    Raises:
+        ConfigError: it is a link or no file.
+    """
+    try:
+        return open_own(path, "ab", 0)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); it must be a file of this run and of nothing "
+                          "else; move it away, or choose another run.dir") from None
+
+
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """Yield for every line where it ends and its row; None for one that is no row."""
     end = 0
     with open(path, "rb") as handle:
-        for line in handle:
+        for line in iter(partial(handle.readline, _LONGEST_ROW), b""):
             end += len(line)
             try:
                 row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             yield end, row if isinstance(row, dict) else None
 

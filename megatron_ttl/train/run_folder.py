@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import os
-import shutil
 import time
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_ttl.checkpoint.bounded_json import read_json_object
 from megatron_ttl.checkpoint.peers import ALONE, Peers
 from megatron_ttl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_ttl.config.changes import forbidden_changes
 from megatron_ttl.config.load import Settings
 from megatron_ttl.errors import CheckpointError, ConfigError, raise_faults
-from megatron_ttl.files import write_json, write_text
+from megatron_ttl.files import atomic_directory, open_own, write_json, write_text
 from megatron_ttl.runtime import describe_process
+from megatron_ttl.tokenizer.folder import copy_tokenizer
 
 
 class RunFolder:
@@ -40,10 +39,10 @@ class RunFolder:
         lock_path = self.path / "run.lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(lock_path, "a+", encoding="utf-8")
+            self._lock = open_own(lock_path, "r+")
         except OSError as error:
-            raise ConfigError(f"run.dir: '{self.path}' cannot be written ({error.strerror}); it must be a folder of "
-                              "yours; choose another run.dir") from None
+            raise ConfigError(f"run.dir: '{error.filename or self.path}' cannot be written ({error.strerror}); it must "
+                              "be a folder of yours, and its run.lock a file; choose another run.dir") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -80,21 +79,27 @@ class RunFolder:
         checkpoint = self.store.latest_valid(peers)
         run = self.settings.run
         if checkpoint is not None:
+            _require_record(checkpoint)
             raise_faults(ConfigError, forbidden_changes(self._stored()["run"], run))
             return checkpoint, list(self.store.warnings)
         if run.run.start_from is None:
             return None, []
         parent = open_checkpoint(Path(run.run.start_from), peers)
+        _require_record(parent)
         raise_faults(ConfigError, _branch_faults(parent, self.settings))
         return parent, []
 
     def _stored(self) -> dict[str, Any]:
         path = self.path / "settings.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: the settings of the run cannot be read ({error}); they must lie beside its "
-                                  "checkpoints; restore the file or choose another run.dir") from None
+            stored = read_json_object(path, follow_links=True).get("run")
+            why = "" if isinstance(stored, dict) else "it has no table 'run'"
+        except CheckpointError as error:
+            why = str(error).removeprefix(f"{path}: ").partition(";")[0]
+        if why:
+            raise CheckpointError(f"{path}: the settings of the run cannot be read ({why}); they must lie beside its "
+                                  "checkpoints; restore the file or choose another run.dir")
+        return {"run": stored}
 
     def describe(self, deepspeed_settings: dict[str, Any], versions: dict[str, str], tokenizer: Path) -> None:
         """Write the settings as given and as resolved, and a copy of the tokenizer."""
@@ -105,9 +110,8 @@ class RunFolder:
                                                  "deepspeed": deepspeed_settings, "origins": settings.origins,
                                                  "versions": versions})
         if not self.tokenizer_path.exists():
-            temporary = self.path / f"tokenizer.tmp-{os.getpid()}"
-            shutil.copytree(tokenizer, temporary)
-            os.replace(temporary, self.tokenizer_path)
+            with atomic_directory(self.tokenizer_path) as folder:
+                copy_tokenizer(tokenizer, folder)
 
 
 def open_checkpoint(path: Path, peers: Peers = ALONE) -> Checkpoint:
@@ -125,6 +129,25 @@ def open_checkpoint(path: Path, peers: Peers = ALONE) -> Checkpoint:
     return checkpoint
 
 
+def _require_record(checkpoint: Checkpoint) -> None:
+    """Refuse a record that a training run did not write: what follows believes its types.
+
+    Raises:
+        CheckpointError: with all faults.
+    """
+    record, where = checkpoint.record, checkpoint.directory / "record.json"
+    run = record.get("run") if isinstance(record.get("run"), dict) else {}
+    faults = [f"{key}: {str(record.get(key))[:80]}; it must be a count"
+              for key in ("step", "consumed_samples", "consumed_tokens")
+              if not isinstance(record.get(key), int) or isinstance(record.get(key), bool)
+              or not 0 <= record[key] < 2**63]
+    faults += [f"run.{key}: {type(run.get(key)).__name__}; it must be a table" for key in ("model", "data", "train")
+               if not isinstance(run.get(key), dict)]
+    if not faults and record["step"] != checkpoint.step:
+        faults.append(f"step: {record['step']}; the manifest says {checkpoint.step}")
+    raise_faults(CheckpointError, (f"{where}: {fault}; use a checkpoint of a training run" for fault in faults))
+
+
 def _branch_faults(parent: Checkpoint, settings: Settings) -> list[str]:
     """Say what keeps a run from going on at the parent's weights and data position."""
     stored, now = parent.record["run"], settings.run.model_dump(mode="json")
@@ -134,9 +157,9 @@ def _branch_faults(parent: Checkpoint, settings: Settings) -> list[str]:
             faults.append(f"{settings.run_path}: {key}: differs from the checkpoint {parent.directory}; a branch goes "
                           "on with the same model and at the same place of the same data; copy the section from its "
                           "settings.json")
-    if stored["train"]["sequence_length"] != now["train"]["sequence_length"]:
-        faults.append(f"{settings.run_path}: train.sequence_length: {now['train']['sequence_length']} here, "
-                      f"{stored['train']['sequence_length']} in the checkpoint; the data position counts sequences; "
+    before, after = stored["train"].get("sequence_length"), now["train"]["sequence_length"]
+    if before != after:
+        faults.append(f"{settings.run_path}: train.sequence_length: {after} here, {before} in the checkpoint; the data position counts sequences; "
                       "keep the length")
     if settings.run.total_steps <= parent.step:
         faults.append(f"{settings.run_path}: train.steps: {settings.run.total_steps}, and the checkpoint is at step "
