@@ -264,7 +264,7 @@ def _foreign_code(node: ast.AST, aliases: dict[str, str], path: str) -> Iterator
                     and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False))
     elif isinstance(node, ast.Name | ast.Attribute):
         name = _dotted(node, aliases).removeprefix("builtins.")
-        allowed = (name == "torch.load" and path == UNPICKLING_CHILD) or (name in TESTS_MAY and path.startswith("tests/"))
+        allowed = path == UNPICKLING_CHILD if name == "torch.load" else name in TESTS_MAY and path.startswith("tests/")
         if (name in FORBIDDEN_CALLS or name.startswith(FORBIDDEN_PREFIXES)) and not allowed:
             yield f"uses {name}"
     elif isinstance(node, ast.Dict):  # options that are handed over with **

@@ -84,15 +84,16 @@ def _shards(source: Path) -> dict[Path, set[str] | None]:
     """Return the files to read, each with the names that the index promises of it."""
     if not source.is_dir():
         if not source.is_file():
-            raise CheckpointError(f"{source}: {'is no file' if os.path.lexists(source) else 'does not exist'}; it must be "
-                                  "a file of weights or a folder of them; correct the path")
+            what = "is no file" if os.path.lexists(source) else "does not exist"
+            raise CheckpointError(f"{source}: {what}; it must be a file of weights or a folder of them; correct the path")
         return {source: None}
     if os.path.lexists(source / PICKLED):
         found: dict[Path, set[str] | None] = {source / PICKLED: None}
     elif os.path.lexists(source / INDEX):
         weight_map = read_json_object(source / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{source / INDEX}: has no weight_map; it must say which file has which weight; {_CURE}")
+            raise CheckpointError(f"{source / INDEX}: has no weight_map; it must say which file has which weight; "
+                                  f"{_CURE}")
         raise_faults(CheckpointError, (
             f"{source / INDEX}: file {str(name)[:80]!r}; it must be a .bin file of this folder; {_CURE}"
             for name in sorted(set(map(str, weight_map.values()))) if not _SHARD.fullmatch(name)))

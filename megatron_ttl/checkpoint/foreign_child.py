@@ -21,9 +21,11 @@ from typing import Any
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # CLONE_* of unshare(2)
 _DEATH_SIGNAL, _NO_NEW_PRIVILEGES = 1, 38  # PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS of prctl(2)
 _MIB = 1 << 20
-_FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.",
-              "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.mkdir",
-              "os.truncate", "os.putenv", "os.kill", "shutil.", "ctypes.", "pty.", "urllib.", "ftplib.", "webbrowser.")
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_FORBIDDEN = (
+    "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.", "os.remove", "os.rename",
+    "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.mkdir", "os.truncate", "os.putenv", "os.kill",
+    "shutil.", "ctypes.", "pty.", "urllib.", "ftplib.", "webbrowser.")
 _WRAPPERS = ("state_dict", "model", "module")
 
 
@@ -48,7 +50,7 @@ def close_doors(file_bytes: int, writable: tuple[str, ...]) -> None:
         resource.setrlimit(what, (most, most))
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES
         if event.startswith(_FORBIDDEN) or (writes and arguments[0] not in writable):
             raise PermissionError(f"{event} while a foreign file is read")
 
@@ -84,8 +86,8 @@ def faults_of(tensors: dict[str, Any], most_bytes: int) -> list[str]:
         elif type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             faults.append(f"{what} is a {type(tensor).__name__}, no tensor")
         elif tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in known:
-            faults.append(f"{what} is a tensor of {tensor.dtype}, {tensor.layout}, {tensor.device}; only plain ones can "
-                          "be kept")
+            faults.append(f"{what} is a tensor of {tensor.dtype}, {tensor.layout}, {tensor.device}; only plain ones "
+                          "can be kept")
         else:
             total += tensor.numel() * tensor.element_size()
     if total > most_bytes:

@@ -198,8 +198,8 @@ def _paths(run: RunFile) -> Iterator[Fault]:
         if not path.isprintable() or not path.strip():
             yield (key, f"is {path!r}; must be a path of printable characters; write one")
         elif len(os.fsencode(path)) > _LONGEST_PATH or any(len(os.fsencode(part)) > 200 for part in path.split("/")):
-            yield (key, f"is {path[:60]!r}... of {len(os.fsencode(path)):,} bytes; must have at most {_LONGEST_PATH:,}, "
-                   "and 200 in each name; shorten it")
+            yield (key, f"is {path[:60]!r}... of {len(os.fsencode(path)):,} bytes; must have at most "
+                   f"{_LONGEST_PATH:,}, and 200 in each name; shorten it")
 
 
 def _countable(run: RunFile) -> Iterator[Fault]:

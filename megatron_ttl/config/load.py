@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ttl.config.checks import accumulation, accumulation_fault, check_world, run_faults
+from megatron_ttl.config.credentials import credential_faults
 from megatron_ttl.config.deepspeed import (
     NOTES,
     OWNED_KEYS,
@@ -96,7 +97,10 @@ def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
     what = "a DeepSpeed configuration in JSON"
     deepspeed_text, more = read_text(deepspeed_path, what, "--deepspeed_config")
     faults += more
-    run, run_origin, more = _check_run(run_text, run_path, list(overrides))
+    overrides = list(overrides)
+    leaks = [*credential_faults(run_text, str(run_path)), *credential_faults(deepspeed_text, str(deepspeed_path)),
+             *credential_faults("\n".join(overrides), f"{COMMAND_LINE}, override")]
+    run, run_origin, more = _check_run(run_text, run_path, overrides)
     faults += more
     profile, origin, device, more = _check_profile(deepspeed_text, deepspeed_path)
     faults += more
@@ -106,7 +110,7 @@ def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
         faults += _world_faults(run.value, profile.value, deepspeed_path, wrong, world_size)
     settings = Settings(run.value, profile.value, run_origin | origin, run_text, deepspeed_text, run_path,
                         deepspeed_path, device)
-    return Reading(settings, faults, wrong)
+    return Reading(settings, leaks or faults, wrong)  # other faults could repeat what leaked
 
 
 def _world_faults(run: RunFile, profile: DeepSpeedProfile, path: Path, wrong: frozenset[str],

@@ -134,7 +134,8 @@ def read_manifest(path: Path) -> DatasetManifest:
     try:
         payload = read_regular(path, _LARGEST_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); it must be a manifest of some KB; {cure}") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); it must be a manifest of some KB; "
+                        f"{cure}") from None
     try:
         value = json.loads(payload)
     except (ValueError, RecursionError) as error:

@@ -159,8 +159,8 @@ def _branch_faults(parent: Checkpoint, settings: Settings) -> list[str]:
                           "settings.json")
     before, after = stored["train"].get("sequence_length"), now["train"]["sequence_length"]
     if before != after:
-        faults.append(f"{settings.run_path}: train.sequence_length: {after} here, {before} in the checkpoint; the data position counts sequences; "
-                      "keep the length")
+        faults.append(f"{settings.run_path}: train.sequence_length: {after} here, {before} in the checkpoint; "
+                      "the data position counts sequences; keep the length")
     if settings.run.total_steps <= parent.step:
         faults.append(f"{settings.run_path}: train.steps: {settings.run.total_steps}, and the checkpoint is at step "
                       f"{parent.step}; the horizon counts from the first step of the parent; set a larger one")
