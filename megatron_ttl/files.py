@@ -145,6 +145,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_directory(path.parent)
+    if former.is_symlink():  # what it leads to is somebody else's
+        former.unlink()
     shutil.rmtree(former, ignore_errors=True)
 
 

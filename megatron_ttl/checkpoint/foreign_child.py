@@ -114,7 +114,7 @@ def reason_of(error: BaseException) -> str:
     named = re.search(r"GLOBAL ([\w.]{1,100})", text)
     if named is not None:
         return f"asks for {named[1]}, which is no tensor: it would be run"
-    if type(error).__name__ == "UnpicklingError":
+    if type(error).__name__ == "UnpicklingError" or "weights_only" in text:
         return "is no pickle of tensors, or a damaged one"
     return f"{type(error).__name__}: {(text.strip().splitlines() or [''])[0][:200]}"
 

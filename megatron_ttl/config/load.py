@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from megatron_ttl.errors import ConfigError, raise_faults
 
 __all__ = ["Reading", "Settings", "accumulation", "check_world", "load_settings", "read_settings"]
 
+_EXPLAINED = 100  # unknown keys for which the likely meaning is looked for
 DEFAULT = "default"
 """Origin of a key that neither file nor command line gives."""
 
@@ -134,9 +135,9 @@ def _world_faults(run: RunFile, profile: DeepSpeedProfile, path: Path, wrong: fr
 def _check_run(text: str, path: Path, overrides: list[str]
                ) -> tuple[Checked[RunFile], dict[str, str], list[str]]:
     raw, broken = parse_toml(text, path)
-    merged, given, bad = apply_overrides(raw, overrides, _unknown_in_run)
+    merged, given, bad = apply_overrides(raw, overrides, _in_short(_unknown_in_run))
     faults = broken + [f"{COMMAND_LINE}: {key}: {fault}" for key, fault in bad]
-    checked = validate(RunFile, merged, _unknown_in_run)
+    checked = validate(RunFile, merged, _in_short(_unknown_in_run))
     if broken or not text:
         # Nothing of the file is known: say nothing about what it lacks, and apply no rule.
         return Checked(checked.value, (), frozenset(known_keys(RunFile))), {}, faults
@@ -155,7 +156,7 @@ def _check_profile(text: str, path: Path
                    ) -> tuple[Checked[DeepSpeedProfile], dict[str, str], str | None, list[str]]:
     raw, broken = parse_json(text, path) if text else ({}, [])
     kept, bad = take_notes_and_owned(raw)
-    checked = validate(DeepSpeedProfile, kept, _unknown_in_profile)
+    checked = validate(DeepSpeedProfile, kept, _in_short(_unknown_in_profile))
     if broken or not text:
         return Checked(checked.value, (), frozenset(known_keys(DeepSpeedProfile))), {}, None, broken
     found = [*bad, *checked.faults, *profile_faults(checked.value, checked.wrong)]
@@ -166,6 +167,18 @@ def _check_profile(text: str, path: Path
         origins[key] = str(path) if isinstance(table, dict) and leaf in table else DEFAULT
     device = raw.get("_device") if isinstance(raw.get("_device"), str) else None
     return checked, origins, device, [f"{path}: {key}: {fault}" for key, fault in found]
+
+
+def _in_short(unknown: Callable[[str], tuple[str, set[str]]]) -> Callable[[str], tuple[str, set[str]]]:
+    """Return the same, which after many unknown keys no longer looks for what was meant: that takes time."""
+    asked = 0
+
+    def answer(key: str) -> tuple[str, set[str]]:
+        nonlocal asked
+        asked += 1
+        return unknown(key) if asked <= _EXPLAINED else ("is not a key either; must be one that is known; remove it", set())
+
+    return answer
 
 
 def _unknown_in_run(key: str) -> tuple[str, set[str]]:

@@ -12,6 +12,7 @@ from megatron_ttl.files import read_regular
 
 MAX_SETTINGS_BYTES = 128 << 10
 """Of a run file and of a DeepSpeed JSON: some KB are usual, and what is larger could take long to read."""
+_MOST_DOTS = 400
 _JSON_TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+)
       | (?P<comment>//[^\n]*|/\*.*?(?:\*/|\Z)|\#[^\n]*)
@@ -44,6 +45,10 @@ def read_text(path: Path, what: str, option: str) -> tuple[str, list[str]]:
 
 def parse_toml(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the tables of a TOML text and its faults (then the tables are empty)."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > _MOST_DOTS:  # in a key they would take Python's reader minutes
+            return {}, [f"{path}:{number}: has {line.count('.'):,} dots in a line; must have at most {_MOST_DOTS}; break "
+                        "the line"]
     try:
         return tomllib.loads(text), []
     except tomllib.TOMLDecodeError as error:

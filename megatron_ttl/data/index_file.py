@@ -108,6 +108,9 @@ class IndexFile:
         wanted = HEADER.size + 12 * count + 8 * boundary_count
         if boundary_count < 1:
             faults.append(f"{self.path}: counts no document boundary; the first, 0, is always there; {_CURE}")
+        elif boundary_count > count + 1:  # a sparse file of terabytes could say so
+            faults.append(f"{self.path}: counts {boundary_count - 1:,} documents and {count:,} sequences; a document has at "
+                          f"least one; {_CURE}")
         elif self.size_bytes == wanted + count and count:
             faults.append(f"{self.path}: has one byte too many per sequence, as multimodal data has; "
                           "only text is read here; write the dataset without modes")

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_ttl.errors import UserError
 
@@ -26,27 +25,30 @@ class Outcome:
     """By how much the largest resident size grew."""
 
 
-def in_fork(function: Callable[[], object], answer: Path, timeout_s: int = 30) -> Outcome:
+def in_fork(function: Callable[[], object], timeout_s: int = 30) -> Outcome:
     """Call `function` in a fork of this process and return how it ended.
 
     Args:
         function: what to call; what it returns is dropped.
-        answer: a file to write the outcome to.
         timeout_s: seconds after which it counts as hanging.
     """
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(timeout_s)
-            answer.write_text(json.dumps(_called(function)))
+            os.write(writer, json.dumps(_called(function)).encode())
         finally:
             os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as handle:
+        answer = handle.read()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         kind = "hung" if os.WTERMSIG(status) == signal.SIGALRM else "died"
         return Outcome(kind, signal.Signals(os.WTERMSIG(status)).name, 0.0, 0)
-    return Outcome(**json.loads(answer.read_text()))
+    return Outcome(**json.loads(answer))
 
 
 def _called(function: Callable[[], object]) -> dict[str, object]:

@@ -136,10 +136,10 @@ def export(place: Place) -> None:
     export_run(place.run, place.folder / "export", verify=False)
 
 
-def tokenise(place: Place, source: str = "new.jsonl") -> None:
+def tokenise(place: Place, source: str = "new.jsonl", max_bad_fraction: float = 1.0) -> None:
     """Make a dataset of a file of documents with the tokenizer."""
     preprocess([place.folder / source], place.folder / "tokenised", EncodeSettings(str(place.data / "tokenizer")),
-               max_bad_fraction=1.0, overwrite=True)
+               max_bad_fraction=max_bad_fraction, overwrite=True)
 
 
 def read_documents(place: Place) -> None:

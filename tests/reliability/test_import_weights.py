@@ -52,7 +52,8 @@ def write_sharded(folder: Path, state: dict[str, Any]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["file", pytest.param("legacy", marks=pytest.mark.long), "shards"])
+@pytest.mark.parametrize("kind", [
+    "shards", pytest.param("file", marks=pytest.mark.long), pytest.param("legacy", marks=pytest.mark.long)])
 def test_good_weights_are_the_same_to_the_bit(tmp_path, theirs, kind):
     """transformers saved them, transformers loads the result: all tensors equal; so does our reader."""
     model = llama(theirs)
@@ -103,8 +104,8 @@ def test_hostile_weights_are_refused(tmp_path):
             os.dup2(descriptor, 0)
             foreign_child.main(str(tmp_path / "out.safetensors"), str(tmp_path / "answer.json"))
 
-        outcome = in_fork(read, tmp_path / "outcome")
-        assert outcome.kind == "raised" and "open" in outcome.text and not canary.exists(), name  # doors stay closed
+        outcome = in_fork(read)
+        assert outcome.kind == "returned" and not canary.exists(), (name, outcome)
         answer = json.loads((tmp_path / "answer.json").read_text())
         assert answer["faults"], name
         assert "weights_only" not in str(answer) and not (tmp_path / "out.safetensors").exists(), name
@@ -113,9 +114,9 @@ def test_hostile_weights_are_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
-    "torch-zip", "zeros",
+    "torch-zip",
     *[pytest.param(name, marks=pytest.mark.long) for name in (
-        "torch-legacy", "torch-script", "torch-metadata", "torch-list", "torch-pickle-swapped", "torch-zip-protocol4",
+        "zeros", "torch-legacy", "torch-script", "torch-metadata", "torch-list", "torch-pickle-swapped", "torch-zip-protocol4",
         "pickle-mkdir-protocol2", "pickle-system-protocol2", "pickle-exec-protocol2", "pickle-eval-protocol2",
         "pickle-popen-protocol2", "pickle-by-hand", "numpy-object-array", "value-expanded", "value-module", "value-meta",
         "value-text", "value-sparse", "cut", "nothing")]])
@@ -183,7 +184,7 @@ def test_an_index_leads_nowhere_else(tmp_path, change, message):
 def test_a_child_that_dies_is_one_fault(tmp_path, monkeypatch):
     """Killed, or ending without an answer: named, and nothing is left."""
     path = hostile_files.save_torch({"a": torch.zeros(2)}, tmp_path / "in.bin")
-    for text, what in (("import os; os.kill(os.getpid(), 11)", "died of SIGSEGV"), ("raise SystemExit(3)", "code 3"),
+    for text, what in (("import os; os.kill(os.getpid(), 11)", "died of SIGSEGV"), ("raise SystemExit(3)", "ended with code 3"),
                        ("pass", "ended with code 0")):
         (tmp_path / "child.py").write_text(text)
         monkeypatch.setattr(foreign_child, "__file__", str(tmp_path / "child.py"))
@@ -242,12 +243,12 @@ def test_the_doors_of_the_child_are_closed(tmp_path, door):
             raise ConfigError(f"closed: {error}") from None
 
     def closed() -> None:
-        foreign_child.close_doors(1, (str(tmp_path / "outcome"),))
+        foreign_child.close_doors(1, ())
         attempt()
 
-    outcome = in_fork(closed, tmp_path / "outcome")
+    outcome = in_fork(closed)
     assert outcome.kind == "refused" and "closed" in outcome.text, outcome
-    assert sorted(os.listdir(tmp_path)) == ["in.bin", "outcome"]
+    assert sorted(os.listdir(tmp_path)) == ["in.bin"]
 
 
 def test_the_child_knows_no_network(tmp_path):
@@ -257,7 +258,7 @@ def test_the_child_knows_no_network(tmp_path):
         names = Path("/proc/self/net/dev").read_text().count(":")
         raise ConfigError(f"left={left} interfaces={names}")
 
-    text = in_fork(look, tmp_path / "outcome").text
+    text = in_fork(look).text
     assert "left=False" in text or "interfaces=1" in text, text  # the loopback, which is down
 
 
