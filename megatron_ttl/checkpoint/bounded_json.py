@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_ttl.config.read import nested_deeper
 from megatron_ttl.errors import CheckpointError
 from megatron_ttl.files import read_regular
 
 MAX_JSON_BYTES = 4 << 20
 """Enough for the manifest of 30,000 tensors; what is larger was not written by us."""
 
-_DEEPEST = 64
+_DEEPEST = 64  # what walks through it can stand so much
 _CURE = "restore the file from a copy, or use another checkpoint or model folder"
 
 
@@ -59,22 +60,11 @@ def parse_json_object(payload: bytes, path: Path) -> dict[str, Any]:
                               f"{_CURE}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: is not JSON ({error}); it must be a JSON object; {_CURE}") from None
-    if _is_deep(value):
+    if nested_deeper(value, _DEEPEST):
         raise CheckpointError(f"{path}: is nested too deeply; it must be a plain JSON object; {_CURE}")
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds {type(value).__name__}; it must be a JSON object; {_CURE}")
     return value
-
-
-def _is_deep(value: Any) -> bool:
-    """Return whether something is nested deeper than those who walk through it can stand."""
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [child for item in level if isinstance(item, dict | list)
-                 for child in (item.values() if isinstance(item, dict) else item) if isinstance(child, dict | list)]
-        if not level:
-            return False
-    return True
 
 
 def _refuse_constant(word: str) -> NoReturn:

@@ -12,7 +12,7 @@ from megatron_ttl.files import read_regular
 
 MAX_SETTINGS_BYTES = 128 << 10
 """Of a run file and of a DeepSpeed JSON: some KB are usual, and what is larger could take long to read."""
-_MOST_DOTS = 400
+_MOST_DOTS, _DEEPEST = 400, 32
 _JSON_TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+)
       | (?P<comment>//[^\n]*|/\*.*?(?:\*/|\Z)|\#[^\n]*)
@@ -43,6 +43,17 @@ def read_text(path: Path, what: str, option: str) -> tuple[str, list[str]]:
     return "", [f"{path}: {is_}; it must be {what}; {do}"]
 
 
+def nested_deeper(value: Any, levels: int) -> bool:
+    """Return whether a value holds dicts and lists in more than so many levels."""
+    level = [value]
+    for _ in range(levels):
+        level = [child for item in level if isinstance(item, dict | list)
+                 for child in (item.values() if isinstance(item, dict) else item) if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
+
+
 def parse_toml(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the tables of a TOML text and its faults (then the tables are empty)."""
     for number, line in enumerate(text.splitlines(), 1):
@@ -50,7 +61,10 @@ def parse_toml(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
             return {}, [f"{path}:{number}: has {line.count('.'):,} dots in a line; must have at most {_MOST_DOTS}; break "
                         "the line"]
     try:
-        return tomllib.loads(text), []
+        tables = tomllib.loads(text)
+        if nested_deeper(tables, _DEEPEST):
+            return {}, [f"{path}: is nested more than {_DEEPEST} deep; must be tables of settings; repair it"]
+        return tables, []
     except tomllib.TOMLDecodeError as error:
         place = _TOML_PLACE.match(str(error))
         where = f"{path}:{place['line']}:{place['column']}" if place else str(path)
@@ -78,6 +92,8 @@ def parse_json(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(value, dict):
         return {}, [f"{path}: holds {json.dumps(value)[:40]}; it must hold one JSON object; put the keys "
                     "into {...}"]
+    if nested_deeper(value, _DEEPEST):
+        return {}, [f"{path}: is nested more than {_DEEPEST} deep; must be tables of settings; repair it"]
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

@@ -151,9 +151,9 @@ BOMBS: dict[str, tuple[Callable[[Place], object], Callable[[Place], object]]] = 
         json.dumps({f"k{number}": 1 for number in range(9_000)})), lambda p: p.settings()),
     "run file of unknown keys": (lambda p: p.run_file.write_text(
         "".join(f"k{number} = 1\n" for number in range(9_000))), lambda p: p.settings()),
-    "gzip bomb of one line": (lambda p: gzip_bomb(p.folder / "new.jsonl.gz", b"a" * (1 << 20), 400),
+    "gzip bomb of one line": (lambda p: gzip_bomb(p.folder / "new.jsonl.gz", b"a" * (1 << 20), 100),
                               lambda p: tokenise(p, "new.jsonl.gz")),
-    "gzip bomb of one line of zeros": (lambda p: gzip_bomb(p.folder / "new.jsonl", bytes(1 << 20), 400), read_documents),
+    "gzip bomb of one line of zeros": (lambda p: gzip_bomb(p.folder / "new.jsonl", bytes(1 << 20), 100), read_documents),
     "gzip bomb of bad lines": (lambda p: gzip_bomb(p.folder / "new.jsonl.gz", b"x\n" * (1 << 19), 100),
                                lambda p: tokenise(p, "new.jsonl.gz", 0.001)),
     "zst": (lambda p: (p.folder / "new.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100)),
