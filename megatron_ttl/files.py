@@ -105,7 +105,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     encoding = None if "b" in mode else "utf-8"
     try:
         temporary.unlink(missing_ok=True)  # of a killed process that had our number; never followed, if it is a link
-        with open(temporary, mode.replace("w", "x"), encoding=encoding, newline=None if "b" in mode else "\n") as handle:
+        newline = None if "b" in mode else "\n"
+        with open(temporary, mode.replace("w", "x"), encoding=encoding, newline=newline) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())

@@ -33,13 +33,13 @@ _CURE = "get the weights as safetensors, or from someone you trust"
 
 
 def import_weights(source: str | os.PathLike[str], output: str | os.PathLike[str],
-                   allow_pickle: bool = False) -> dict[str, Any]:
+                   pickle_allowed: bool = False) -> dict[str, Any]:
     """Write the tensors of a pickled state dict as `model.safetensors`; it gets its name when it is complete.
 
     Args:
         source: a file, or a folder with `pytorch_model.bin` or its index and shards.
         output: folder to write into; it is made, and must not have a `model.safetensors`.
-        allow_pickle: the user has said that a pickle may be read.
+        pickle_allowed: the user has said that a pickle may be read.
 
     Returns:
         What was written, flat.
@@ -50,7 +50,7 @@ def import_weights(source: str | os.PathLike[str], output: str | os.PathLike[str
         DiskError: the disk cannot take it.
     """
     source, output = Path(source), Path(output)
-    if not allow_pickle:
+    if not pickle_allowed:
         raise ConfigError(f"{source}: is a pickle, and a pickle is a program that opening runs; it must be asked for; "
                           "prefer safetensors, or give --allow-pickle: it is then read by a process that may do "
                           "nothing but read tensors")
@@ -85,7 +85,8 @@ def _shards(source: Path) -> dict[Path, set[str] | None]:
     if not source.is_dir():
         if not source.is_file():
             what = "is no file" if os.path.lexists(source) else "does not exist"
-            raise CheckpointError(f"{source}: {what}; it must be a file of weights or a folder of them; correct the path")
+            raise CheckpointError(f"{source}: {what}; it must be a file of weights or a folder of them; correct "
+                                  "the path")
         return {source: None}
     if os.path.lexists(source / PICKLED):
         found: dict[Path, set[str] | None] = {source / PICKLED: None}

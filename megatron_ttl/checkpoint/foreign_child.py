@@ -23,8 +23,9 @@ _DEATH_SIGNAL, _NO_NEW_PRIVILEGES = 1, 38  # PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRI
 _MIB = 1 << 20
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _FORBIDDEN = (
-    "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.", "os.remove", "os.rename",
-    "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.mkdir", "os.truncate", "os.putenv", "os.kill",
+    "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.", "os.remove",
+    "os.rename", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.mkdir", "os.truncate",
+    "os.putenv", "os.kill",
     "shutil.", "ctypes.", "pty.", "urllib.", "ftplib.", "webbrowser.")
 _WRAPPERS = ("state_dict", "model", "module")
 

@@ -176,7 +176,9 @@ def _in_short(unknown: Callable[[str], tuple[str, set[str]]]) -> Callable[[str],
     def answer(key: str) -> tuple[str, set[str]]:
         nonlocal asked
         asked += 1
-        return unknown(key) if asked <= _EXPLAINED else ("is not a key either; must be one that is known; remove it", set())
+        if asked <= _EXPLAINED:
+            return unknown(key)
+        return "is not a key either; must be one that is known; remove it", set()
 
     return answer
 

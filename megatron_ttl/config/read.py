@@ -58,8 +58,8 @@ def parse_toml(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the tables of a TOML text and its faults (then the tables are empty)."""
     for number, line in enumerate(text.splitlines(), 1):
         if line.count(".") > _MOST_DOTS:  # in a key they would take Python's reader minutes
-            return {}, [f"{path}:{number}: has {line.count('.'):,} dots in a line; must have at most {_MOST_DOTS}; break "
-                        "the line"]
+            return {}, [f"{path}:{number}: has {line.count('.'):,} dots in a line; must have at most {_MOST_DOTS}; "
+                        "break the line"]
     try:
         tables = tomllib.loads(text)
         if nested_deeper(tables, _DEEPEST):

@@ -109,8 +109,8 @@ class IndexFile:
         if boundary_count < 1:
             faults.append(f"{self.path}: counts no document boundary; the first, 0, is always there; {_CURE}")
         elif boundary_count > count + 1:  # a sparse file of terabytes could say so
-            faults.append(f"{self.path}: counts {boundary_count - 1:,} documents and {count:,} sequences; a document has at "
-                          f"least one; {_CURE}")
+            faults.append(f"{self.path}: counts {boundary_count - 1:,} documents and {count:,} sequences; a document "
+                          f"has at least one; {_CURE}")
         elif self.size_bytes == wanted + count and count:
             faults.append(f"{self.path}: has one byte too many per sequence, as multimodal data has; "
                           "only text is read here; write the dataset without modes")

@@ -58,7 +58,8 @@ def traps(canary: Path) -> dict[str, Trap]:
 def pickled(canary: Path) -> dict[str, bytes]:
     """Return pickles of every protocol, bare and in the formats that carry them."""
     made = {f"pickle-{name}-protocol{protocol}": pickle.dumps({"weight": trap}, protocol)
-            for protocol in range(6) for name, trap in traps(canary).items() if protocol in (0, 2, 4) or name == "mkdir"}
+            for protocol in range(6) for name, trap in traps(canary).items()
+            if protocol in (0, 2, 4) or name == "mkdir"}
     made["pickle-by-hand"] = b"cposix\nmkdir\n(S'" + str(canary).encode() + b"'\ntR."
     made["pickle-inst"] = b"(S'" + str(canary).encode() + b"'\niposix\nmkdir\n."
     made["pickle-stack-global"] = (b"\x80\x04\x8c\x05posix\x8c\x05mkdir\x93\x8c" + bytes([len(str(canary))])
@@ -91,7 +92,8 @@ def torch_files(canary: Path) -> dict[str, bytes]:
     made["torch-pickle-swapped"] = _swap(clean, "data.pkl", pickle.dumps({"weight": trap}, 2))
     made["torch-storage-swapped"] = _swap(clean, "data/0", pickle.dumps(trap, 2), added={"data.pkl2": b""})
     made["torch-script"] = _swap(clean, "byteorder", b"little", added={
-        "constants.pkl": pickle.dumps(trap, 2), "code/__torch__.py": b"import os\nos.mkdir('" + str(canary).encode() + b"')"})
+        "constants.pkl": pickle.dumps(trap, 2),
+        "code/__torch__.py": f"import os\nos.mkdir({str(canary)!r})".encode()})
     del made["torch-clean"]
     return made
 
@@ -150,7 +152,8 @@ def written(canary: Path) -> dict[str, bytes]:
         "pth": f"import os; os.mkdir({str(canary)!r})\n",
         "xml-entity": "<?xml version='1.0'?><!DOCTYPE a [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><a>&x;</a>",
         "pdf-js": "%PDF-1.7 /OpenAction << /S /JavaScript /JS (" + call + ") >>",
-        "ndjson-auto-map": json.dumps({"auto_map": {"AutoConfig": "modeling_x.X"}, "text": "x", "trust_remote_code": True}),
+        "ndjson-auto-map": json.dumps({"auto_map": {"AutoConfig": "modeling_x.X"}, "text": "x",
+                                         "trust_remote_code": True}),
         "desktop-entry": f"[Desktop Entry]\nExec=mkdir -p {canary}\n",
     }
     made = {f"text-{name}": text.encode() for name, text in texts.items()}
@@ -161,7 +164,8 @@ def written(canary: Path) -> dict[str, bytes]:
         zipped.writestr("__main__.py", texts["python"])
         zipped.writestr("../../escape.py", texts["python"])
     made["zip-application"] = archive.getvalue()
-    header = json.dumps({"__metadata__": {"format": "pt", "pickle": pickle.dumps(traps(canary)["mkdir"], 0).decode("latin1")},
+    inner = pickle.dumps(traps(canary)["mkdir"], 0).decode("latin1")
+    header = json.dumps({"__metadata__": {"format": "pt", "pickle": inner},
                          "weight": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}).encode()
     made["safetensors-metadata"] = len(header).to_bytes(8, "little") + header + bytes(8)
     made["elf"] = b"\x7fELF\x02\x01\x01" + bytes(57)
@@ -183,6 +187,11 @@ def beside(folder: Path, canary: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(torch_files(canary)["torch-zip"])
     (folder / "training_args.bin").write_bytes(pickled(canary)["pickle-mkdir-protocol2"])
     (folder / "rng_state.pth").write_bytes(torch_files(canary)["torch-zip"])
+
+
+def run_shell(command: str) -> int:
+    """Do what a payload would: ask the shell."""
+    return os.system(command)
 
 
 def save_torch(value: Any, path: Path, **options: Any) -> Path:

@@ -80,12 +80,14 @@ def test_nothing_runs(place: Place, canary, number, every):
 
 CONFIGS = {
     "auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"},
-    "trust_remote_code": True, "_attn_implementation_internal": "evil/kernels", "_attn_implementation": "evil/kernels:f",
-    "attn_implementation": "evil/kernels", "_attn_implementation_autoset": True, "custom_pipelines": {"x": {"impl": "x.X"}},
+    "trust_remote_code": True, "_attn_implementation_internal": "evil/kernels",
+    "_attn_implementation": "evil/kernels:f", "attn_implementation": "evil/kernels",
+    "_attn_implementation_autoset": True, "custom_pipelines": {"x": {"impl": "x.X"}},
     "custom_code": "modeling_x", "code_revision": "main", "_commit_hash": "0", "use_kernels": True,
     "kernel_config": {"RMSNorm": "evil/kernel:Layer"}, "experts_implementation": "evil/x", "_target_": "os.mkdir",
     "__class__": "os", "py/object": "os.system", "peft_type": "LORA", "base_model_name_or_path": "../evil",
-    "tokenizer_class": "tokenization_x.X", "processor_class": "X", "sub_configs": {"a": "X"}, "text_config": {"auto_map": {}},
+    "tokenizer_class": "tokenization_x.X", "processor_class": "X", "sub_configs": {"a": "X"},
+    "text_config": {"auto_map": {}},
     "quantization_config": {"quant_method": "custom", "modules": "x"}, "model_type": "evil",
     "architectures": ["EvilForCausalLM"], "rope_scaling": {"rope_type": "evil"}, "hidden_act": "os.system",
     "torch_dtype_module": "os", "transformers_weights": "pytorch_model.bin", "encoder": {"_target_": "os.mkdir"},

@@ -27,7 +27,8 @@ NAMES = {
     "parent": "../outside.safetensors", "absolute": "/etc/passwd", "nul": "weights\x00.safetensors",
     "very long": "w" * 300 + ".safetensors", "backslash": "..\\outside.safetensors", "case": "Weights.safetensors",
     "dot": ".", "dots": "..", "lookalike slash": "..／outside.safetensors", "lookalike dots": "․․/outside.safetensors",
-    "fullwidth": "ｗeights.safetensors", "newline": "weights.safetensors\n", "empty": "", "percent": "%2e%2e%2foutside.safetensors",
+    "fullwidth": "ｗeights.safetensors", "newline": "weights.safetensors\n", "empty": "",
+    "percent": "%2e%2e%2foutside.safetensors",
     "home": "~/outside.safetensors", "inside and out": "a/../../outside.safetensors",
 }
 
@@ -192,7 +193,8 @@ def test_paths_in_settings_are_paths(place: Place, key, value):
         place.settings(f"{key}={text}")
 
 
-@pytest.mark.parametrize("prefix", ["../../etc/passwd", "/dev/zero", "/proc/self/mem", "held\\\\..\\\\x", "HELD", "ｈeld"])
+@pytest.mark.parametrize("prefix", ["../../etc/passwd", "/dev/zero", "/proc/self/mem",
+                                    "held\\\\..\\\\x", "HELD", "ｈeld"])
 def test_data_that_is_none_is_refused(place: Place, prefix):
     """Prefixes that lead elsewhere, to devices, or look like one that is there."""
     settings = place.settings(f'evaluation.prefixes=["{place.data}/{prefix}"]')

@@ -17,15 +17,17 @@ from megatron_ttl.errors import ConfigError
 
 CANARY = "CanaryThatSingsWhenItIsCopied"
 ENVIRONMENT = {name: f"{CANARY}{number:011d}" for number, name in enumerate((
-    "WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "OPENAI_API_KEY",
-    "GITHUB_TOKEN", "CODECARBON_API_KEY", "SSH_AUTH_SOCK_SECRET", "DATABASE_PASSWORD", "MY_PRIVATE_VARIABLE"))}
+    "WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID",
+    "OPENAI_API_KEY", "GITHUB_TOKEN", "CODECARBON_API_KEY", "SSH_AUTH_SOCK_SECRET", "DATABASE_PASSWORD",
+    "MY_PRIVATE_VARIABLE"))}
 
 LOOK_LIKE_SECRETS = {
     "hugging face": "hf_" + "a1B2" * 9, "wandb by name": 'wandb_api_key = "' + "0a1b2c3d" * 5 + '"',
     "wandb v1": "wandb_v1_" + "Ab1" * 20, "openai": "sk-proj-" + "a1B2" * 9, "github": "ghp_" + "a1B2" * 9,
     "github fine": "github_pat_" + "a1B2" * 9, "gitlab": "glpat-" + "a1B2" * 5, "aws": "AKIA" + "ABCD1234" * 2,
     "google": "AIza" + "a1B2_" * 7, "slack": "xoxb-1234567890-abc", "key file": "-----BEGIN OPENSSH PRIVATE KEY-----",
-    "address": "https://user:passw0rd@example.org/data", "password": "password = hunter2hunter2", "json": '"token": "a1b2c3d4e5"',
+    "address": "https://user:passw0rd@example.org/data", "password": "password = hunter2hunter2",
+    "json": '"token": "a1b2c3d4e5"',
     "environment": "HF_TOKEN=a1b2c3d4e5f6", "secret": "client_secret: a1b2c3d4e5f6",
 }
 
@@ -83,8 +85,8 @@ def test_settings_with_secrets_are_refused_and_not_repeated(tmp_path, kind, plac
 
 def test_the_settings_of_the_project_hold_none(repository):
     """No false alarm: everything under configs/ and examples/, and words that only resemble."""
-    texts = [path.read_text(encoding="utf-8") for folder in ("configs", "examples") for path in (repository / folder).rglob("*")
-             if path.suffix in (".toml", ".json", ".sbatch", ".sh")]
+    texts = [path.read_text(encoding="utf-8") for folder in ("configs", "examples")
+             for path in (repository / folder).rglob("*") if path.suffix in (".toml", ".json", ".sbatch", ".sh")]
     assert len(texts) > 10
     innocent = ["tokens_per_step = 1_000_000", "max_tokens = 100000000", "dir = 'runs/token_efficiency_study'",
                 "prefix = 'https://example.org/data'", "# the key/value heads: num_key_value_heads = 12345678",
