@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -20,6 +21,13 @@ def run_tool(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print_faults(error)
         sys.exit(int(error.exit_code))
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP) or error.filename is None:
+            raise
+        name = str(error.filename)
+        print_faults(UserError(f"{name[:60]}{'...' * (len(name) > 60)}: cannot be a path ({error.strerror}); names "
+                               "have at most 255 bytes, paths 4,095; correct it"))
+        sys.exit(int(ExitCode.USAGE))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(int(ExitCode.INTERRUPTED))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +55,61 @@ def make_directory(directory: str | os.PathLike[str]) -> None:
             fsync_directory(folder.parent)
 
 
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, follow_links: bool = True) -> int:
+    """Return a descriptor of a regular file. Opening a pipe would wait for ever, reading a device never end.
+
+    Args:
+        path: the file.
+        flags: of `os.open`; a file that is made gets the usual rights.
+        follow_links: whether `path` may be a symbolic link.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    try:
+        flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+        descriptor = os.open(path, flags, 0o666)
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, f"no path: {error}", os.fspath(path)) from None
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.EINVAL, "no regular file", os.fspath(path))
+
+
+def read_regular(path: str | os.PathLike[str], limit_bytes: int, follow_links: bool = True) -> bytes:
+    """Return the bytes of a regular file of at most `limit_bytes`; a larger one is refused unread.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is too large.
+    """
+    descriptor = open_regular(path, follow_links=follow_links)
+    with open(descriptor, "rb") as handle:
+        size = os.fstat(descriptor).st_size
+        if size > limit_bytes:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, more than {limit_bytes:,}", os.fspath(path))
+        return handle.read(limit_bytes)
+
+
+def open_own(path: str | os.PathLike[str], mode: str, buffering: int = -1) -> IO[Any]:
+    """Open a file that is changed in place: to append, "ab", or to write into, "r+b"; it is made where it is missing.
+
+    A link, symbolic or hard, could lead the writes of a run into a file that is not the run's.
+
+    Raises:
+        OSError: it cannot be opened, is a link, no regular file, or has a second name.
+    """
+    flags = {"ab": os.O_WRONLY | os.O_APPEND, "r+b": os.O_RDWR}[mode]
+    descriptor = open_regular(path, flags | os.O_CREAT, follow_links=False)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EMLINK, "it has a second name, a hard link", os.fspath(path))
+    return open(descriptor, mode, buffering)
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; on success it takes the name `path`, on failure it is gone.
@@ -65,7 +122,9 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     encoding = None if "b" in mode else "utf-8"
     try:
-        with open(temporary, mode, encoding=encoding, newline=None if "b" in mode else "\n") as handle:
+        temporary.unlink(missing_ok=True)  # of a killed process that had our number; never followed, if it is a link
+        newline = None if "b" in mode else "\n"
+        with open(temporary, mode.replace("w", "x"), encoding=encoding, newline=newline) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
@@ -105,6 +164,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_directory(path.parent)
+    if former.is_symlink():  # what it leads to is somebody else's
+        former.unlink()
     shutil.rmtree(former, ignore_errors=True)
 
 

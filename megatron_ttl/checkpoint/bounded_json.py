@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_ttl.config.read import is_deep
+from megatron_ttl.config.read import nested_deeper
 from megatron_ttl.errors import CheckpointError
+from megatron_ttl.files import read_regular
 
 MAX_JSON_BYTES = 4 << 20
 """Enough for the manifest of 30,000 tensors; what is larger was not written by us."""
 
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
+_DEEPEST = 64  # what walks through it can stand so much
 _CURE = "restore the file from a copy, or use another checkpoint or model folder"
 
 
@@ -30,27 +30,13 @@ def read_regular_file(path: Path, limit_bytes: int, follow_links: bool = False) 
     Raises:
         CheckpointError: it is missing, cannot be read, is no regular file or is too large.
     """
-    # Without O_NONBLOCK, opening a FIFO would wait for ever.
-    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, flags)
+        return read_regular(path, limit_bytes, follow_links)
     except OSError as error:
         is_link = path.is_symlink() and not follow_links
         what = "is a symbolic link" if is_link else f"cannot be read ({error.strerror})"
-        raise CheckpointError(f"{path}: {what}; it must be a regular file; {_CURE}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{path}: is no regular file; it must be one; {_CURE}")
-    with open(descriptor, "rb") as handle:
-        size = os.fstat(descriptor).st_size
-        if size > limit_bytes:
-            raise CheckpointError(f"{path}: has {size:,} bytes; it must have at most {limit_bytes:,}; "
-                                  f"{_CURE}")
-        try:
-            return handle.read(limit_bytes)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); it must be readable; "
-                                  f"{_CURE}") from None
+        raise CheckpointError(f"{path}: {what}; it must be a regular file of at most {limit_bytes:,} bytes; "
+                              f"{_CURE}") from None
 
 
 def read_json_object(path: Path, follow_links: bool = False) -> dict[str, Any]:
@@ -71,7 +57,7 @@ def parse_json_object(payload: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(payload.decode("utf-8"), parse_constant=_refuse_constant,
                            object_pairs_hook=_without_duplicates)
-        if is_deep(value):
+        if nested_deeper(value, _DEEPEST):
             raise RecursionError
         if _HALF_CHARACTER.search(payload):  # alone, or with its other half beside it
             json.dumps(value, ensure_ascii=False).encode()

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,13 @@ from megatron_ttl.console import progress
 from megatron_ttl.errors import CheckpointError, ConfigError, DiskError, raise_faults
 from megatron_ttl.files import atomic_directory, human_bytes, require_free_space
 from megatron_ttl.runtime import environment_report
+from megatron_ttl.tokenizer.folder import HF_FILES, copy_tokenizer
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGIT_TOLERANCE = 1e-4
 """Largest difference between our fp32 logits and transformers' that an export may show."""
 PROVENANCE = "megatron_ttl.json"
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _PROBE = "Era uma vez, em 1997, uma cafeteira que só falava português: «ção», naïve, 日本 🙂\n  fim."
 
 
@@ -166,15 +165,8 @@ def _weight_faults(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
 
 def _copy_tokenizer(source: Path, folder: Path, bos: bool | None) -> None:
     """Copy Hugging Face's files; whether a prompt begins with BOS follows from the training data."""
-    for name in _TOKENIZER_FILES:
-        if not (source / name).is_file():
-            raise CheckpointError(f"{source / name}: is missing; a tokenizer folder has it, for Hugging "
-                                  "Face; use one that tools/train_tokenizer.py wrote")
-        shutil.copyfile(source / name, folder / name)
+    copy_tokenizer(source, folder, HF_FILES, HF_FILES)
     settings = read_json_object(folder / "tokenizer_config.json")
-    if "auto_map" in settings:
-        raise CheckpointError(f"{source / 'tokenizer_config.json'}: 'auto_map' names code to load; a "
-                              "tokenizer must need none; remove the key")
     if bos is not None:
         _write_json(folder / "tokenizer_config.json", {**settings, "add_bos_token": bos})
 

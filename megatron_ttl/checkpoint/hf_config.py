@@ -16,7 +16,9 @@ from megatron_ttl.errors import CheckpointError, raise_faults
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
 _LARGEST = 2**31 - 1
-_MOST_LAYERS = 10_000  # every layer is a list entry before its weights are looked for
+# No weight stands for these: every layer is a list entry before weights are looked for, and an evaluation takes windows
+# as long as the model has positions.
+_MOST = {"num_hidden_layers": 10_000, "max_position_embeddings": 1 << 20}
 
 # Integers of the architecture, and what Hugging Face takes where the field is absent.
 _SIZES: dict[str, int | None] = {
@@ -75,7 +77,7 @@ def read_hf_config(path: Path) -> ModelConfig:
     content = {"num_key_value_heads": content.get("num_attention_heads"), "max_position_embeddings": 2048,
                **content}
     for key in _SIZES:
-        largest = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
+        largest = _MOST.get(key, _LARGEST)
         if key in content and not _is_whole(content[key], largest):
             faults.append(f"{key}: {_short(content[key])}; it must be a whole number from 1 to {largest}")
     epsilon = content.get("rms_norm_eps", 1e-6)

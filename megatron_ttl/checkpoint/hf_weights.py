@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from megatron_ttl.checkpoint.bounded_json import read_json_object
 from megatron_ttl.checkpoint.names import hf_names, hf_shapes, join_from_hf
-from megatron_ttl.checkpoint.tensor_file import write_tensors
+from megatron_ttl.checkpoint.tensor_file import open_tensors, write_tensors
 from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.errors import CheckpointError, raise_faults
 from megatron_ttl.model.llama import build_model
@@ -85,7 +85,7 @@ def find_weights(folder: Path, config: ModelConfig) -> WeightFiles:
     file_of: dict[str, str] = {}
     for file in files:
         try:
-            with safe_open(folder / file, framework="pt", device="cpu") as handle:
+            with open_tensors(folder / file) as handle:
                 for name in handle.keys():
                     piece = handle.get_slice(name)
                     faults += _tensor_faults(name, tuple(piece.get_shape()), piece.get_dtype(), expected,
@@ -103,7 +103,7 @@ def load_weights(weights: WeightFiles, config: ModelConfig, device: torch.device
                  dtype: torch.dtype) -> nn.Sequential:
     """Build the model and read its weights, one at a time."""
     with ExitStack() as stack:
-        handles = {file: stack.enter_context(safe_open(weights.folder / file, framework="pt", device="cpu"))
+        handles = {file: stack.enter_context(open_tensors(weights.folder / file))
                    for file in sorted(set(weights.file_of.values()))}
         return build_from(lambda name: handles[weights.file_of[name]].get_tensor(name), config, device, dtype)
 

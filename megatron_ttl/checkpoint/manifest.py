@@ -7,16 +7,17 @@ import re
 import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from megatron_ttl.checkpoint.bounded_json import MAX_JSON_BYTES, parse_json_object, read_json_object, read_regular_file
 from megatron_ttl.checkpoint.peers import ALONE, Peers
 from megatron_ttl.checkpoint.pieces import Piece, cover_fault
-from megatron_ttl.checkpoint.tensor_file import TORCH_DTYPES, dtype_name, encoded_bytes
+from megatron_ttl.checkpoint.tensor_file import MAX_HEADER_BYTES, TORCH_DTYPES, dtype_name, encoded_bytes, open_tensors
 from megatron_ttl.errors import CheckpointError, raise_faults
 from megatron_ttl.files import checksum, checksum_bytes
 
@@ -27,6 +28,10 @@ _CURE = "use another checkpoint"
 _GROUP = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _RANKED = r"-[0-9]{5}\.safetensors"
 _TEMPLATE = "xxh3:" + "0" * 32
+
+
+Extent = Annotated[list[Annotated[int, Field(ge=0, lt=2**96)]], Field(max_length=8)]
+"""A number for every dimension."""
 
 
 class _Strict(BaseModel):
@@ -44,15 +49,15 @@ class PieceEntry(_Strict):
     """A part of a tensor in one of the files, under the tensor's name."""
 
     file: str
-    offset: list[int] = Field(fail_fast=True)
-    shape: list[int] = Field(fail_fast=True)
+    offset: Extent
+    shape: Extent
 
 
 class TensorEntry(_Strict):
     """One tensor, in the words of safetensors; without pieces it lies whole in its group's only file."""
 
     dtype: str
-    shape: list[int] = Field(fail_fast=True)
+    shape: Extent
     pieces: list[PieceEntry] | None = Field(default=None, fail_fast=True)
 
     def whole(self, file: str) -> PieceEntry:
@@ -190,8 +195,8 @@ def read_manifest(folder: Path, step: int | None = None) -> Manifest:
     if step is not None and manifest.step != step:
         raise CheckpointError(f"{path}: is of step {manifest.step}; the folder's name must say the same; "
                               f"{_CURE}")
-    raise_faults(CheckpointError, _name_faults(path, manifest) or _piece_faults(path, manifest)
-                 or _size_faults(folder, manifest))
+    raise_faults(CheckpointError, _name_faults(path, manifest) or _size_faults(folder, manifest)
+                 or _piece_faults(path, manifest) or _account_faults(path, manifest))
     return manifest
 
 
@@ -288,6 +293,14 @@ def _piece_faults(path: Path, manifest: Manifest) -> list[str]:
     return faults
 
 
+def _account_faults(path: Path, manifest: Manifest) -> list[str]:
+    """What is in no tensor would be read for nothing: of a sparse file, terabytes."""
+    most = {name: sum(prod(entry.shape) * TORCH_DTYPES[entry.dtype].itemsize for entry in entries.values())
+            + 8 + MAX_HEADER_BYTES for name, entries in manifest.contents().items()} | {RECORD: MAX_JSON_BYTES}
+    return [f"{path}: file {name!r} of {manifest.files[name].bytes:,} bytes; with what it holds it has at most "
+            f"{largest:,}; {_CURE}" for name, largest in most.items() if manifest.files[name].bytes > largest]
+
+
 def _size_faults(folder: Path, manifest: Manifest) -> list[str]:
     faults = []
     for name, entry in manifest.files.items():
@@ -317,7 +330,7 @@ def _content_fault(path: Path, entry: FileEntry) -> str | None:
 def _header_faults(path: Path, expected: Mapping[str, TensorEntry]) -> list[str]:
     """Compare a file's own table of tensors with the manifest's."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with open_tensors(path) as file:
             found = {}
             for name in file.keys():
                 piece = file.get_slice(name)

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from megatron_ttl.files import open_regular
 
 # In the order of the format's own enumeration: later ones come first in a file, so tensors are aligned.
 _DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
@@ -26,6 +29,8 @@ TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 """The format's names of the dtypes that are written and read here."""
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 _BLOCK_BYTES = 16 << 20
+MAX_HEADER_BYTES = 8 << 20
+"""Enough for 60,000 tensors; the library would take 100 MB and need a gigabyte for them."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -61,6 +66,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor],
         handle.flush()
         os.fsync(handle.fileno())
     return f"xxh3:{digest.hexdigest()}"
+
+
+def open_tensors(path: Path) -> safe_open:
+    """Open a file of tensors that someone else may have written, to read on the CPU; a context manager.
+
+    The library is asked only after a look at the length of the header, and never to open a pipe or a device.
+
+    Raises:
+        OSError: it is no regular file, or cannot be opened.
+        SafetensorError: it is no safetensors file.
+    """
+    descriptor = open_regular(path)
+    with open(descriptor, "rb") as handle:
+        size, header = os.fstat(descriptor).st_size, int.from_bytes(handle.read(8), "little")
+    if not 2 <= header <= min(size - 8, MAX_HEADER_BYTES):
+        raise SafetensorError(f"it says that its header has {header:,} bytes; the file has {size:,}, and a header at "
+                              f"most {MAX_HEADER_BYTES:,}")
+    return safe_open(path, framework="pt", device="cpu")
 
 
 def _file_order(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -13,6 +13,7 @@ from megatron_ttl.config.skips import range_fault
 if TYPE_CHECKING:
     from megatron_ttl.config.load import Settings
 
+_LONGEST_PATH = 3_800  # Linux takes 4,095; the names of our files come after it
 Fault = tuple[str, str]  # (dotted key, `what it is; what it must be; what to do`)
 
 
@@ -210,6 +211,9 @@ def _paths(run: RunFile) -> Iterator[Fault]:
     for key, path in named:
         if not path.isprintable() or not path.strip():
             yield (key, f"is {path!r}; must be a path of printable characters; write one")
+        elif len(os.fsencode(path)) > _LONGEST_PATH or any(len(os.fsencode(part)) > 200 for part in path.split("/")):
+            yield (key, f"is {path[:60]!r}... of {len(os.fsencode(path)):,} bytes; must have at most "
+                   f"{_LONGEST_PATH:,}, and 200 in each name; shorten it")
 
 
 def _countable(run: RunFile) -> Iterator[Fault]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ttl.config.changes import allowance_faults
 from megatron_ttl.config.checks import accumulation, accumulation_fault, check_world, run_faults
+from megatron_ttl.config.credentials import credential_faults
 from megatron_ttl.config.deepspeed import (
     NOTES,
     OWNED_KEYS,
@@ -29,6 +30,7 @@ from megatron_ttl.errors import ConfigError, raise_faults
 
 __all__ = ["Reading", "Settings", "accumulation", "check_world", "load_settings", "read_settings", "with_skips"]
 
+_EXPLAINED = 1_000  # unknown keys for which the likely meaning is looked for
 DEFAULT = "default"
 """Origin of a key that neither file nor command line gives."""
 
@@ -102,7 +104,10 @@ def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
     what = "a DeepSpeed configuration in JSON"
     deepspeed_text, more = read_text(deepspeed_path, what, "--deepspeed_config")
     faults += more
-    run, run_origin, more = _check_run(run_text, run_path, list(overrides))
+    overrides = list(overrides)
+    leaks = [*credential_faults(run_text, str(run_path)), *credential_faults(deepspeed_text, str(deepspeed_path)),
+             *credential_faults("\n".join(overrides), f"{COMMAND_LINE}, override")]
+    run, run_origin, more = _check_run(run_text, run_path, overrides)
     faults += more
     profile, origin, device, more = _check_profile(deepspeed_text, deepspeed_path)
     faults += more
@@ -117,7 +122,7 @@ def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
     run_file = run.value if faults else with_skips(run.value, more_skips)
     settings = Settings(run_file, profile.value, run_origin | origin, run_text, deepspeed_text, run_path,
                         deepspeed_path, device, allowed)
-    return Reading(settings, faults, wrong)
+    return Reading(settings, leaks or faults, wrong)  # other faults could repeat what leaked
 
 
 def with_skips(run: RunFile, more: Iterable[str]) -> RunFile:
@@ -149,9 +154,9 @@ def _world_faults(run: RunFile, profile: DeepSpeedProfile, path: Path, wrong: fr
 def _check_run(text: str, path: Path, overrides: list[str]
                ) -> tuple[Checked[RunFile], dict[str, str], list[str]]:
     raw, broken = parse_toml(text, path)
-    merged, given, bad = apply_overrides(raw, overrides, _unknown_in_run)
+    merged, given, bad = apply_overrides(raw, overrides, _in_short(_unknown_in_run))
     faults = broken + [f"{COMMAND_LINE}: {key}: {fault}" for key, fault in bad]
-    checked = validate(RunFile, merged, _unknown_in_run)
+    checked = validate(RunFile, merged, _in_short(_unknown_in_run))
     if broken or not text:
         # Nothing of the file is known: say nothing about what it lacks, and apply no rule.
         return Checked(checked.value, (), frozenset(known_keys(RunFile))), {}, faults
@@ -170,7 +175,7 @@ def _check_profile(text: str, path: Path
                    ) -> tuple[Checked[DeepSpeedProfile], dict[str, str], str | None, list[str]]:
     raw, broken = parse_json(text, path) if text else ({}, [])
     kept, bad = take_notes_and_owned(raw)
-    checked = validate(DeepSpeedProfile, kept, _unknown_in_profile)
+    checked = validate(DeepSpeedProfile, kept, _in_short(_unknown_in_profile))
     if broken or not text:
         return Checked(checked.value, (), frozenset(known_keys(DeepSpeedProfile))), {}, None, broken
     found = [*bad, *checked.faults, *profile_faults(checked.value, checked.wrong)]
@@ -181,6 +186,20 @@ def _check_profile(text: str, path: Path
         origins[key] = str(path) if isinstance(table, dict) and leaf in table else DEFAULT
     device = raw.get("_device") if isinstance(raw.get("_device"), str) else None
     return checked, origins, device, [f"{path}: {key}: {fault}" for key, fault in found]
+
+
+def _in_short(unknown: Callable[[str], tuple[str, set[str]]]) -> Callable[[str], tuple[str, set[str]]]:
+    """Return the same, which after many unknown keys no longer looks for what was meant: that takes time."""
+    asked = 0
+
+    def answer(key: str) -> tuple[str, set[str]]:
+        nonlocal asked
+        asked += 1
+        if asked <= _EXPLAINED:
+            return unknown(key)
+        return "is not a key either; must be one that is known; remove it", set()
+
+    return answer
 
 
 def _unknown_in_run(key: str) -> tuple[str, set[str]]:

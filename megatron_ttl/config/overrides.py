@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_ttl.config.describe import leaf_keys
-from megatron_ttl.config.read import DEEPEST, is_deep
+from megatron_ttl.config.read import nested_deeper
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.config.suggest import split_key
 
 WHERE = "command line"
+_DEEPEST = 8
 _KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -25,8 +26,6 @@ def parse_value(text: str) -> tuple[Any, str]:
         return None, "has a value that is no UTF-8; must be Unicode; write it in a UTF-8 terminal"
     try:
         table = tomllib.loads(f"value = {text}")
-        if is_deep(table):
-            raise ValueError(f"is nested more than {DEEPEST} levels deep")
     except (ValueError, RecursionError) as error:
         if text[:1] in ("[", "{", '"', "'"):
             reason = str(error).partition(" (at ")[0]
@@ -36,6 +35,8 @@ def parse_value(text: str) -> tuple[Any, str]:
             return None, ("has no value; must be key=value; write one after the sign ('none' takes an "
                           "optional key away)")
         return text, ""
+    if nested_deeper(table, _DEEPEST):
+        return None, f"is nested more than {_DEEPEST} deep; must be a value of a setting; write one"
     if set(table) != {"value"}:
         return None, f"holds more than one value ({text!r}); must be one; write one override for each key"
     return table["value"], ""

@@ -8,10 +8,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-LARGEST_BYTES = 256 << 10
-"""Of a settings file; one that explains every key has a few KiB."""
-DEEPEST = 100
+from megatron_ttl.files import read_regular
+
+MAX_SETTINGS_BYTES = 128 << 10
+"""Of a run file and of a DeepSpeed JSON: some KB are usual, and what is larger could take long to read."""
+DEEPEST = 32
 """Levels of nesting: no file of ours has ten, and what walks through values must not run out of stack."""
+_MOST_DOTS = 400
 _JSON_TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+)
       | (?P<comment>//[^\n]*|/\*.*?(?:\*/|\Z)|\#[^\n]*)
@@ -27,14 +30,10 @@ _TOML_PLACE = re.compile(r"^(?P<what>.*) \(at line (?P<line>\d+), column (?P<col
 def read_text(path: Path, what: str, option: str) -> tuple[str, list[str]]:
     """Return the text of a settings file and the faults found on the way (then the text is empty)."""
     try:
-        with open(path, "rb") as handle:
-            payload = handle.read(LARGEST_BYTES + 1)
-        text = payload.decode("utf-8-sig") if len(payload) <= LARGEST_BYTES else ""
+        text = read_regular(path, MAX_SETTINGS_BYTES).decode("utf-8-sig")
         if text.strip():
             return text, []
         is_, do = "is empty", f"write it, or give another with {option}"
-        if len(payload) > LARGEST_BYTES:
-            is_, do = f"is larger than {LARGEST_BYTES >> 10} KiB", f"give another with {option}"
     except FileNotFoundError:
         is_, do = "does not exist", f"give its path with {option}"
     except IsADirectoryError:
@@ -46,12 +45,12 @@ def read_text(path: Path, what: str, option: str) -> tuple[str, list[str]]:
     return "", [f"{path}: {is_}; it must be {what}; {do}"]
 
 
-def is_deep(value: Any) -> bool:
-    """Tell whether tables and lists are nested deeper than `DEEPEST`, without nesting calls."""
+def nested_deeper(value: Any, levels: int) -> bool:
+    """Return whether a value holds dicts and lists in more than so many levels."""
     level = [value]
-    for _ in range(DEEPEST):
-        level = [item for part in level if isinstance(part, dict | list)
-                 for item in (part.values() if isinstance(part, dict) else part)]
+    for _ in range(levels):
+        level = [child for item in level if isinstance(item, dict | list)
+                 for child in (item.values() if isinstance(item, dict) else item) if isinstance(child, dict | list)]
         if not level:
             return False
     return True
@@ -59,10 +58,14 @@ def is_deep(value: Any) -> bool:
 
 def parse_toml(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     """Return the tables of a TOML text and its faults (then the tables are empty)."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > _MOST_DOTS:  # in a key they would take Python's reader minutes
+            return {}, [f"{path}:{number}: has {line.count('.'):,} dots in a line; must have at most {_MOST_DOTS}; "
+                        "break the line"]
     try:
         tables = tomllib.loads(text)
-        if is_deep(tables):
-            raise ValueError(f"is nested more than {DEEPEST} levels deep")
+        if nested_deeper(tables, DEEPEST):
+            return {}, [f"{path}: is nested more than {DEEPEST} deep; must be tables of settings; repair it"]
         return tables, []
     except tomllib.TOMLDecodeError as error:
         place = _TOML_PLACE.match(str(error))
@@ -83,8 +86,6 @@ def parse_json(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, faults
     try:
         value = json.loads(text)
-        if is_deep(value):
-            raise RecursionError(f"is nested more than {DEEPEST} levels deep")
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}:{error.colno}"
         return {}, [f"{where}: {error.msg}; the DeepSpeed configuration must be JSON; repair this line"]
@@ -93,6 +94,8 @@ def parse_json(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(value, dict):
         return {}, [f"{path}: holds {json.dumps(value)[:40]}; it must hold one JSON object; put the keys "
                     "into {...}"]
+    if nested_deeper(value, DEEPEST):
+        return {}, [f"{path}: is nested more than {DEEPEST} deep; must be tables of settings; repair it"]
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

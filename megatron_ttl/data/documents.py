@@ -13,11 +13,15 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_ttl.errors import DataError, raise_faults
 
+LONGEST_LINE = 64 << 20
+"""Bytes; what is longer is no document: a packed bomb, or a file without line ends."""
+_MOST_LINES = 20_000  # in a chunk: that a file is hopeless is seen between chunks
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -124,10 +128,13 @@ def _chunks_of(handle: BinaryIO, packed: BinaryIO, chunk_bytes: int, file: int) 
     number, start, size = 1, 0, 0
     lines: list[bytes] = []
     try:
-        for line in handle:
+        for line in iter(partial(handle.readline, LONGEST_LINE + 1), b""):
+            if len(line) > LONGEST_LINE:
+                raise DataError(f"{packed.name}:{number + len(lines)}: is longer than {LONGEST_LINE >> 20} MiB; a line "
+                                "is one document, a book has 1 MiB; split it, or leave it out")
             lines.append(line)
             size += len(line)
-            if size >= chunk_bytes:
+            if size >= chunk_bytes or len(lines) >= _MOST_LINES:
                 yield Chunk(file, number, start, lines, packed.tell())
                 number, start, size, lines = number + len(lines), start + size, 0, []
     except EOFError:

@@ -83,6 +83,7 @@ class IndexFile:
         self.lengths = self._array("<i4", HEADER.size, count)
         self.pointers = self._array("<i8", HEADER.size + 4 * count, count)
         self.boundaries = self._array("<i8", HEADER.size + 12 * count, boundary_count)
+        # Lengths are looked at first: the other two arrays cannot be longer without a fault that shows at once.
         raise_faults(DataError, [fault for fault in (self._length_fault(), self._boundary_fault()) if fault])
         self.token_count = self._check_pointers()
 
@@ -107,6 +108,9 @@ class IndexFile:
         wanted = HEADER.size + 12 * count + 8 * boundary_count
         if boundary_count < 1:
             faults.append(f"{self.path}: counts no document boundary; the first, 0, is always there; {_CURE}")
+        elif boundary_count > count + 1:  # a sparse file of terabytes could say so
+            faults.append(f"{self.path}: counts {boundary_count - 1:,} documents and {count:,} sequences; a document "
+                          f"has at least one; {_CURE}")
         elif self.size_bytes == wanted + count and count:
             faults.append(f"{self.path}: has one byte too many per sequence, as multimodal data has; "
                           "only text is read here; write the dataset without modes")
@@ -122,9 +126,13 @@ class IndexFile:
         return np.frombuffer(self._mapping, dtype=dtype, count=count, offset=offset)
 
     def _length_fault(self) -> str | None:
-        if not len(self.lengths) or self.lengths.min() > 0:
+        for start in range(0, len(self.lengths), _CHUNK):  # a sparse file of terabytes ends in the first one
+            wrong = self.lengths[start : start + _CHUNK] <= 0
+            if wrong.any():
+                number = start + int(np.argmax(wrong))
+                break
+        else:
             return None
-        number = int(np.argmax(self.lengths <= 0))
         return (f"{self.path}: sequence {number} has {self.lengths[number]} tokens; every one has at least "
                 f"one; {_CURE}")
 

@@ -32,7 +32,7 @@ from megatron_ttl.data.manifest import (
     read_manifest,
 )
 from megatron_ttl.errors import DataError, DiskError, closest, raise_faults
-from megatron_ttl.files import checksum, fsync_directory
+from megatron_ttl.files import checksum, fsync_directory, open_own
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "int32"]:
@@ -93,7 +93,7 @@ class IndexedDatasetWriter:
         path = self._temporaries[self.paths.bin]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = open(path, "ab", buffering=1 << 20)  # noqa: SIM115
+            handle = open_own(path, "ab", 1 << 20)
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({error.strerror}); its folder must be writable; "
                             "choose another prefix") from None
@@ -193,7 +193,7 @@ class IndexedDatasetWriter:
                 index_record = self._write_index(self._temporaries[self.paths.idx])
                 if description is not None:
                     manifest = self._manifest(description, index_record)
-                    with open(self._temporaries[self.paths.manifest], "wb") as handle:
+                    with _new_file(self._temporaries[self.paths.manifest]) as handle:
                         handle.write(dump_manifest(manifest).encode())
                         handle.flush()
                         os.fsync(handle.fileno())
@@ -227,7 +227,7 @@ class IndexedDatasetWriter:
 
     def _write_index(self, path: Path) -> FileRecord:
         digest, size = xxhash.xxh3_128(), 0
-        with open(path, "wb", buffering=1 << 20) as handle:
+        with _new_file(path) as handle:
             for block in index_blocks(np.frombuffer(self._lengths, dtype=np.int32), self.dtype):
                 handle.write(block)
                 digest.update(block)
@@ -263,6 +263,12 @@ class IndexedDatasetWriter:
             raise DiskError(f"{self.prefix}: the disk took no more after {self.token_count:,} tokens "
                             f"({error.strerror}); it must hold the whole dataset; free some space or choose "
                             "another folder") from None
+
+
+def _new_file(path: Path) -> BinaryIO:
+    """Open a file that is not there yet; what a killed process left under its name is removed, and no link followed."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb", buffering=1 << 20)
 
 
 class IndexedDataset:

@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_ttl.errors import DataError, raise_faults
+from megatron_ttl.files import read_regular
 
 VERSION = 1
-_LARGEST_BYTES = 8 << 20  # a manifest is some KB; this is enough for 100,000 sources
+_LARGEST_BYTES = 4 << 20  # a manifest is some KB, 100 bytes per input file
 _MOST_FAULTS = 100  # a hostile manifest can have a million, a kilobyte each
 
 
@@ -45,8 +46,8 @@ class Part(BaseModel):
 class TokenizerRecord(Part):
     """The tokenizer that made the ids."""
 
-    directory: str = Field(min_length=1)
-    """A copy of the tokenizer folder, relative to the manifest."""
+    directory: str = Field(max_length=255, pattern=r"^[^/\\\x00-\x1f]*[^/\\\x00-\x1f.][^/\\\x00-\x1f]*$")
+    """Name of a copy of the tokenizer folder, beside the manifest and nowhere else."""
     checksum: str = Field(min_length=1)
     """Checksum of the tokenizer, as `Tokenizer.checksum` gives it."""
     vocab_size: int = Field(gt=0, lt=2**31)
@@ -132,13 +133,10 @@ def read_manifest(path: Path) -> DatasetManifest:
     """
     cure = "write the dataset again with tools/preprocess_data.py"
     try:
-        with open(path, "rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            payload = handle.read() if size <= _LARGEST_BYTES else b""
+        payload = read_regular(path, _LARGEST_BYTES)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); it must be a manifest; {cure}") from None
-    if size > _LARGEST_BYTES:
-        raise DataError(f"{path}: is larger than 8 MiB; it must be a manifest of some KB; {cure}")
+        raise DataError(f"{path}: cannot be read ({error.strerror}); it must be a manifest of some KB; "
+                        f"{cure}") from None
     try:
         value = json.loads(payload)
     except (ValueError, RecursionError) as error:

@@ -32,6 +32,7 @@ from megatron_ttl.data.manifest import (
 )
 from megatron_ttl.errors import DataError, DiskError, raise_faults
 from megatron_ttl.files import atomic_directory, checksum, fsync_directory, require_free_space
+from megatron_ttl.tokenizer.folder import copy_tokenizer
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
 Role = Literal["train", "held_out"]
@@ -212,7 +213,8 @@ class _Quarantine:
         """Write one line of the list."""
         if self._handle is None:
             self._temporary.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = open(self._temporary, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+            self._temporary.unlink(missing_ok=True)
+            self._handle = open(self._temporary, "x", encoding="utf-8", newline="\n")  # noqa: SIM115
         self._handle.write(json.dumps({"file": self._names[file], **bad_line}, ensure_ascii=False) + "\n")
 
     def keep(self) -> None:
@@ -262,7 +264,7 @@ def _commit(prefix: str | os.PathLike[str], settings: EncodeSettings, tokenizer:
     try:
         if not _holds(copy, tokenizer):
             with atomic_directory(copy) as folder:
-                shutil.copytree(tokenizer.directory, folder, dirs_exist_ok=True)
+                copy_tokenizer(tokenizer.directory, folder)
         for role, writer in writers.items():
             if not writer.document_count:  # held out: nothing
                 _remove(writer.prefix)  # of the dataset that is replaced

@@ -11,7 +11,8 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_ttl.errors import DataError, raise_faults
-from megatron_ttl.files import checksum
+from megatron_ttl.files import checksum_bytes
+from megatron_ttl.tokenizer.folder import read_model
 
 SPECIALS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}
 """Special pieces and the ids they must have."""
@@ -72,13 +73,10 @@ class Tokenizer:
             raise DataError(f"{directory}: {what}; it must be a tokenizer folder; {_CURE}")
         if not path.is_file():
             raise DataError(f"{path}: does not exist; a tokenizer folder holds a tokenizer.model; {_CURE}")
+        payload = read_model(path)
         try:
-            payload = path.read_bytes()
             # An empty model would be accepted and fail at the first use.
             processor = sentencepiece.SentencePieceProcessor(model_proto=payload) if payload else None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); it must be readable; "
-                            f"{_CURE}") from None
         except (RuntimeError, UnicodeDecodeError):
             processor = None
         if processor is None:
@@ -89,7 +87,7 @@ class Tokenizer:
         except UnicodeDecodeError as error:
             faults = [f"has a piece that is no UTF-8 ({error.reason}); the file may be damaged"]
         raise_faults(DataError, (f"{path}: {fault}; {_CURE}" for fault in faults))
-        return cls(processor, directory, checksum(path))
+        return cls(processor, directory, checksum_bytes(payload))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without specials.

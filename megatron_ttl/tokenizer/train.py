@@ -20,6 +20,7 @@ import xxhash
 from megatron_ttl import __version__
 from megatron_ttl.errors import ConfigError, DataError, DiskError, raise_faults
 from megatron_ttl.files import atomic_directory, checksum_bytes
+from megatron_ttl.tokenizer.folder import HF_SPECIALS
 from megatron_ttl.tokenizer.tokenizer import SPACE, SPECIALS
 
 # Characters that SentencePiece reserves (NUL, its space, its unknown) or that never share a piece with others
@@ -33,10 +34,9 @@ _TOO_SMALL = re.compile(r"Vocabulary size is smaller than required_chars\. \d+ v
 
 # What Hugging Face's LlamaTokenizer reads beside tokenizer.model. `add_prefix_space` false matches the
 # model's `add_dummy_prefix` false: with a dummy prefix the two disagree on text that begins with a space.
-_HF_SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _HF_CONFIG = {
     "tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": False, "add_bos_token": True,
-    "add_eos_token": False, **_HF_SPECIALS, "padding_side": "right", "clean_up_tokenization_spaces": False,
+    "add_eos_token": False, **HF_SPECIALS, "padding_side": "right", "clean_up_tokenization_spaces": False,
 }
 
 
@@ -215,7 +215,7 @@ def write_folder(output: Path, model: bytes, record: dict[str, Any]) -> None:
         DiskError: the folder cannot be written.
     """
     contents = {
-        "tokenizer_config.json": _HF_CONFIG, "special_tokens_map.json": _HF_SPECIALS, "training.json": record,
+        "tokenizer_config.json": _HF_CONFIG, "special_tokens_map.json": HF_SPECIALS, "training.json": record,
     }
     try:
         with atomic_directory(output) as folder:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_ttl.console import print_warning
-from megatron_ttl.files import make_directory, or_disk_error
+from megatron_ttl.errors import ConfigError
+from megatron_ttl.files import make_directory, open_own, or_disk_error
+
+_NOT_OURS = (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.EMLINK, errno.ENXIO, errno.EACCES, errno.EPERM)
+_LONGEST_ROW = 1 << 20  # bytes; a row has some hundred
 
 
 class RowFile:
@@ -25,7 +31,7 @@ class RowFile:
         with or_disk_error(self.path):
             make_directory(self.path.parent)
             repair(self.path)
-            self._handle = open(self.path, "ab", buffering=0)
+            self._handle = _open(self.path)
         self._waiting = b""
         self._warned = False
 
@@ -58,8 +64,9 @@ class RowFile:
 
 def repair(path: Path) -> None:
     """Cut a last line that a killed process left torn, and say so."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
+    _open(path).close()
     size = path.stat().st_size
     whole = 0
     for end, row in _lines(path):
@@ -79,7 +86,7 @@ def trim_rows(path: Path, last_step: int) -> dict[str, Any] | None:
     """
     path = Path(path)
     with or_disk_error(path):
-        return _trim_rows(path, last_step) if path.is_file() else None
+        return _trim_rows(path, last_step) if os.path.lexists(path) else None
 
 
 def _trim_rows(path: Path, last_step: int) -> dict[str, Any] | None:
@@ -99,11 +106,27 @@ def _trim_rows(path: Path, last_step: int) -> dict[str, Any] | None:
     return last
 
 
+def _open(path: Path) -> IO[bytes]:
+    """Open the file to append; it is changed in place, so it must be the run's own.
+
+    Raises:
+        ConfigError: it is a link, no file, or somebody else's.
+        OSError: what the disk said.
+    """
+    try:
+        return open_own(path, "ab", 0)
+    except OSError as error:
+        if error.errno not in _NOT_OURS:
+            raise
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); it must be a file of this run and of nothing "
+                          "else; move it away, or choose another run.dir") from None
+
+
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """Yield for every line where it ends and its row; None for one that is no row."""
     end = 0
     with open(path, "rb") as handle:
-        for line in handle:
+        for line in iter(partial(handle.readline, _LONGEST_ROW), b""):
             end += len(line)
             try:
                 row = json.loads(line) if line.endswith(b"\n") else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from megatron_ttl.config.describe import show
 from megatron_ttl.config.load import Settings
 from megatron_ttl.errors import CheckpointError, ConfigError, raise_faults
 from megatron_ttl.files import atomic_directory, or_disk_error, remove_leftovers, write_json, write_text
+from megatron_ttl.tokenizer.folder import copy_tokenizer
 from megatron_ttl.train.changed_settings import (
     SETTINGS,
     change_faults,
@@ -78,6 +77,7 @@ class RunFolder:
 
         checkpoint = self.store.latest_valid(peers, unfit)
         if checkpoint is not None:
+            _require_record(checkpoint)
             warnings = list(self.store.warnings)
             self._compare(checkpoint, speaks=peers.rank == 0)
             if behind and peers.rank == 0:
@@ -88,6 +88,7 @@ class RunFolder:
         if run.run.start_from is None:
             return None, []
         parent = open_checkpoint(Path(run.run.start_from), peers)
+        _require_record(parent)
         faults = _branch_faults(parent, self.settings)
         if fault := skip_fault(parent.record, parent.step, run):
             faults.append(f"{parent.directory}: {fault}")
@@ -117,8 +118,8 @@ class RunFolder:
                                               "deepspeed": deepspeed_settings, "origins": settings.origins,
                                               "versions": versions, "changes": self._history})
             if not self.tokenizer_path.exists():
-                with atomic_directory(self.tokenizer_path) as temporary:
-                    shutil.copytree(tokenizer, temporary, dirs_exist_ok=True)
+                with atomic_directory(self.tokenizer_path) as folder:
+                    copy_tokenizer(tokenizer, folder)
 
 
 def open_checkpoint(path: Path, peers: Peers = ALONE) -> Checkpoint:
@@ -134,6 +135,25 @@ def open_checkpoint(path: Path, peers: Peers = ALONE) -> Checkpoint:
         raise CheckpointError(f"{path}: no checkpoint is there; it must be a checkpoint folder (step-...) or a run "
                               "folder; check the path")
     return checkpoint
+
+
+def _require_record(checkpoint: Checkpoint) -> None:
+    """Refuse a record that a training run did not write: what follows believes its types.
+
+    Raises:
+        CheckpointError: with all faults.
+    """
+    record, where = checkpoint.record, checkpoint.directory / "record.json"
+    run = record.get("run") if isinstance(record.get("run"), dict) else {}
+    faults = [f"{key}: {str(record.get(key))[:80]}; it must be a count"
+              for key in ("step", "consumed_samples", "consumed_tokens")
+              if not isinstance(record.get(key), int) or isinstance(record.get(key), bool)
+              or not 0 <= record[key] < 2**63]
+    faults += [f"run.{key}: {type(run.get(key)).__name__}; it must be a table" for key in ("model", "data", "train")
+               if not isinstance(run.get(key), dict)]
+    if not faults and record["step"] != checkpoint.step:
+        faults.append(f"step: {record['step']}; the manifest says {checkpoint.step}")
+    raise_faults(CheckpointError, (f"{where}: {fault}; use a checkpoint of a training run" for fault in faults))
 
 
 def _branch_faults(parent: Checkpoint, settings: Settings) -> list[str]:

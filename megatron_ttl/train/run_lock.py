@@ -7,7 +7,6 @@ import fcntl
 import os
 import re
 import socket
-import stat
 import time
 import tomllib
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from typing import IO
 
 from megatron_ttl.console import print_warning
 from megatron_ttl.errors import ConfigError
-from megatron_ttl.files import make_directory
+from megatron_ttl.files import make_directory, open_own
 from megatron_ttl.runtime import describe_process
 
 # What a file system without such locks answers: Lustre mounted without `flock`, NFS without its lock service.
@@ -70,7 +69,7 @@ class RunLock:
         self.release()
         try:
             make_directory(run_dir)
-            handle = _open(run_dir / "run.lock")
+            handle = open_own(run_dir / "run.lock", "r+b", 0)
         except OSError as error:
             raise ConfigError(f"run.dir: '{error.filename or run_dir}' cannot be written ({error.strerror}); it must "
                               "be a folder of yours, and its run.lock a file; choose another run.dir") from None
@@ -119,15 +118,6 @@ def _run_dir_at_a_glance(run_config: str, overrides: Iterable[str]) -> str:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return ""  # the check will say what is wrong
     return found if isinstance(found, str) else ""
-
-
-def _open(path: Path) -> IO[bytes]:
-    """Open a regular file of our own: a link could lead the write elsewhere, a pipe would wait for ever."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "no regular file", str(path))
-    return open(descriptor, "r+b", buffering=0)
 
 
 def _owner(handle: IO[bytes]) -> str:

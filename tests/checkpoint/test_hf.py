@@ -201,7 +201,7 @@ def test_a_tokenizer_folder_for_others(tmp_path: Path, tokenizer: Path, exported
                                        message: str) -> None:
     shutil.copytree(tokenizer, tmp_path / "t")
     damage(tmp_path / "t")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(DataError, match=message):
         export_model_folder(exported.checkpoint, exported.config, tmp_path / "t", tmp_path / "m")
     assert os.listdir(tmp_path) == ["t"]
 

@@ -168,7 +168,7 @@ def test_missing_and_special_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="config.json: cannot be read .No such file"):
         read_hf_config(tmp_path / "config.json")
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(CheckpointError, match="config.json: is no regular file"):
+    with pytest.raises(CheckpointError, match="config.json: cannot be read .Is a directory.; it must be a regular file"):
         read_hf_config(tmp_path / "config.json")
 
 
