@@ -123,8 +123,8 @@ def _without_strange_values(raw: Any, path: Path, faults: dict[str, str]) -> Any
         return [_without_strange_values(value, (*path, i), faults) for i, value in enumerate(raw)]
     if isinstance(raw, float) and not math.isfinite(raw):
         faults[dotted(path)] = f"is {raw}; must be a finite number; write one"
-    elif isinstance(raw, int) and abs(raw) >= 2**64:
-        faults[dotted(path)] = f"is a whole number of {raw.bit_length():,} bits; must fit into 64; write a smaller one"
+    elif isinstance(raw, int) and abs(raw) >= 2**128:
+        faults[dotted(path)] = f"is a whole number of {raw.bit_length():,} bits; must be one that a setting can have; write a smaller one"
     elif isinstance(raw, (datetime.date, datetime.time)):
         faults[dotted(path)] = f"is a date or time ({raw}); must be a number or a text; put a text in quotes"
     return None if dotted(path) in faults else raw
