@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 Verdict = Literal["allowed", "confirm", "forbidden"]
 
-_LAYOUT = "it says how the work is shared out; the curve stays the same to rounding"
+_LAYOUT = "it says how the work is shared out, and the curve stays the same to rounding"
 _UPDATE = "every later update is another one"
-_SCHEDULE = "the learning rate of every later step follows from it; steps are counted from the first of the run"
+_SCHEDULE = "the learning rate of every later step follows from it (steps are counted from the first of the run)"
 _SCALE = "it decides which steps fp16 skips"
 
 _TABLE: tuple[tuple[Verdict, str, str], ...] = (  # verdict, why, keys; `section.*` is all of a section
@@ -39,8 +39,8 @@ _TABLE: tuple[tuple[Verdict, str, str], ...] = (  # verdict, why, keys; `section
     ("forbidden", "the data position counts samples of the tokens that were there", "data.sources[].content"),
     ("forbidden", "the ids of the data would mean other pieces than those the weights know", "data.tokenizer"),
     ("forbidden", "the data position counts samples of this length", "train.sequence_length"),
-    ("confirm", "every later step has another batch; the data go on without a gap, and the schedule goes on counting "
-     "steps", "train.tokens_per_step"),
+    ("confirm", "every later step has another batch (the data go on without a gap, the schedule goes on counting "
+     "steps)", "train.tokens_per_step"),
     ("confirm", _SCHEDULE, "train.steps train.tokens"),
     ("confirm", _UPDATE, "train.gradient_clipping"),
     ("allowed", "it says when a run that goes wrong is ended", "train.max_nonfinite_steps"),

@@ -292,6 +292,9 @@ def test_an_older_settings_file_tells_the_precision(place, tmp_path):
     assert re.findall(r"^  (\S+) .*?  (\S+(?: \S+)*)$", said[0], re.MULTILINE)[1:] == [
         ("run.dir", "allowed"), ("train_micro_batch_size_per_gpu", "allowed"), ("bf16.enabled", "to be confirmed")]
     assert len(said[1]) == 1 and f"{tmp_path}/m.json: bf16.enabled: was false" in said[1][0]
+    (tmp_path / "m.json").write_text(json.dumps({**profile, "bf16": None, "fp16": {"enabled": True}}))
+    _, faults = starting_point_alone(load_settings(tmp_path / "m.json", place / "run.toml", [*BASE, f"run.dir={run}"]))
+    assert len(faults) == 1 and f"{tmp_path}/m.json: fp16.enabled: was false" in faults[0]
 
 
 def starting_point_alone(loaded):
