@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 import xxhash
 
 from megatron_ttl.errors import DiskError
-from megatron_ttl.files import atomic_write, checksum, checksum_bytes, human_bytes, require_free_space, write_json
+from megatron_ttl.files import (
+    atomic_write,
+    checksum,
+    checksum_bytes,
+    human_bytes,
+    make_directory,
+    or_disk_error,
+    remove_leftovers,
+    require_free_space,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -22,6 +33,43 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_json(path, {"not a number": float("nan")})
     assert path.read_text() == '{\n  "old": 1\n}\n'
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_folder_is_made_with_those_above_it(tmp_path, monkeypatch):
+    """Each name is on the disk before the next one is made; a folder that is there costs nothing."""
+    monkeypatch.chdir(tmp_path)
+    synced = []
+    monkeypatch.setattr("megatron_ttl.files.fsync_directory",
+                        lambda folder: synced.append((str(folder), os.listdir(folder))))
+    for _ in range(2):
+        make_directory("a/b/c")
+    assert synced == [(".", ["a"]), ("a", ["b"]), ("a/b", ["c"])]
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="File exists|Not a directory"):
+            make_directory(path)
+
+
+def test_leftovers_of_some_names_go_and_nothing_else(tmp_path):
+    """Of any process; what other names have left is somebody else's."""
+    for name in (".a.json.tmp-7", ".tokens.former-8", ".b.json.tmp-7", ".aXjson.tmp-7", "a.json", ".a.json.tmp-7x"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".tokens.tmp-9" / "sub").mkdir(parents=True)
+    (tmp_path / ".a.json.tmp-1").symlink_to(tmp_path / "a.json")
+    remove_leftovers(tmp_path, ["a.json", "tokens"])
+    assert sorted(os.listdir(tmp_path)) == [".a.json.tmp-7x", ".aXjson.tmp-7", ".b.json.tmp-7", "a.json"]
+
+
+def test_what_the_disk_refuses_is_one_sentence(tmp_path):
+    """Also of a folder that is copied, whose error is a list."""
+    with pytest.raises(DiskError, match=r"^/dev/full/a: could not be written \(Not a directory\); it must be, "):
+        with or_disk_error(tmp_path):
+            open("/dev/full/a", "wb")
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "gone").symlink_to("nowhere")
+    with pytest.raises(DiskError, match=r"to: could not be written \(.*No such file or directory: .*\); it must be"):
+        with or_disk_error(tmp_path / "to"):
+            shutil.copytree(tmp_path / "from", tmp_path / "to")
 
 
 def test_checksums_equal_xxhash(tmp_path):

@@ -93,7 +93,8 @@ def cut_points(folder: str, kind: str = "ours", world_size: int = 1, steps: tupl
         coming = next((step for step in steps if step > saved), None)
         for number, fate in enumerate(fates):
             trials += 1
-            fault = cut(disk, base / "cut", kind, saved, coming, fate, 1000 * n + number, goes_on=number == n % len(fates))
+            fault = cut(disk, base / "cut", kind, saved, coming, fate, 1000 * n + number,
+                        goes_on=number == n % len(fates))
             if fault:
                 before = operations[n].what if n < len(operations) else "the end"
                 faults.append(f"before call {n} ({before}), files {fate[0]}, names {fate[1]}: {fault}")

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ class Server:
     """The tests' end."""
 
     def __init__(self, library: Path, log: Path, preload: list[str]) -> None:
-        environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                       "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)), "DS_ACCELERATOR": "cpu"}
+        environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(map(str, FOLDERS)),
+                       "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
         self._log = log
         self._process = subprocess.Popen([sys.executable, str(HERE / "fault_server.py"), *preload], text=True,
                                          env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -50,17 +50,8 @@ class Server:
         self._process.wait()
 
 
-def serve(library: Path, folder: Path, *preload: str) -> Iterator[Server]:
-    """For fixtures: a server that ends with the tests."""
-    server = Server(library, folder / "server.log", list(preload))
-    try:
-        yield server
-    finally:
-        server.close()
-
-
 def in_fork(action: Callable[[], int | None], hung_s: int = HUNG_S) -> int:
-    """Start a child that does something and ends with what it returns, or 1 and a traceback; SIGALRM ends what hangs."""
+    """Start a child that ends with what it returns, or with 1 and a traceback; SIGALRM ends what hangs."""
     child = os.fork()
     if child:
         return child

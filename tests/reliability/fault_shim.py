@@ -91,9 +91,9 @@ def read_log(path: Path) -> list[Operation]:
 
 
 def make_every_call(folder: Path, other: Path) -> list[list[int]]:
-    """Make every kind of call inside `folder`, then in `other`, which nobody watches; return how often each was counted.
+    """Make every kind of call; return how often each was counted in `folder`, then in `other`, which nobody watches.
 
-    And how often it was refused, with the disk failing for good.
+    And how often each was refused, in `folder` again, with the disk failing for good.
     """
     found = []
     for place, mode in ((folder, COUNT), (other, COUNT), (folder, FAIL)):

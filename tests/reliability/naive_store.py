@@ -1,4 +1,4 @@
-"""The protocol of many trainers: write into the final folder, then a `latest` file. Here to show that the trials can fail.
+"""The protocol of many trainers, to show that the trials can fail: write into the final folder, then a `latest` file.
 
 `open("latest", "w")` has emptied the file before the new name is in it: a kill between the two leaves a run that does
 not know its checkpoints.

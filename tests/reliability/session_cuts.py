@@ -112,14 +112,16 @@ def cut_points(place: str, folder: str, draws: int = 2, stride: int = 1, resumed
             trials += 1
             disk.write(cut, *fate, seed=1000 * n + number)
             fault = what_is_wrong(settings, steps, base / "whole")
-            if fault is None and resumed and (n // stride) % every == 0 and number == (n // stride // every) % len(fates):
+            turn, rest = divmod(n // stride, every)
+            if fault is None and resumed and rest == 0 and number == turn % len(fates):
                 trained += 1
                 codes = train(Path(place), cut / RUN)
                 ends = [tensors_of(run / f"checkpoints/step-{STEPS:08d}") for run in (cut / RUN, base / "whole")]
                 if codes != [0] or ends[0] != ends[1] or not rows_of(cut / RUN) <= rows_of(base / "whole"):
                     fault = f"wrong end: {codes}, {ends}"
             if fault:
-                faults.append(f"after call {n} ({operation.what} {operation.path}), files {fate[0]}, names {fate[1]}: {fault}")
+                what = f"{operation.what} {operation.path}"
+                faults.append(f"after call {n} ({what}), files {fate[0]}, names {fate[1]}: {fault}")
             shutil.rmtree(cut)
     disk.write(cut)
     if bytes_of(cut) != bytes_of(base / "real"):

@@ -53,8 +53,8 @@ def train(place: Path, run: Path, world_size: int = 1, victim: int = 0, keep_las
             shim.arm(run / below, **hit)
         try:
             with told_once(mesh):
-                return train_here(mesh, str(place / "machine.json"), str(place / "run.toml"),
-                                  [f"run.dir={run}", f"train.steps={STEPS}", f"checkpoint.keep_last={keep_last}", *cadence])
+                settings = [f"run.dir={run}", f"train.steps={STEPS}", f"checkpoint.keep_last={keep_last}", *cadence]
+                return train_here(mesh, str(place / "machine.json"), str(place / "run.toml"), settings)
         except UserError as error:
             print_faults(error)
             return int(error.exit_code)
@@ -101,7 +101,8 @@ def after(place: Path, run: Path, world_size: int, saved: int, reference: dict[s
         return f"unresumable: it ends with {codes}: {said(run)[-1000:]}"
     end = end_of(run)
     if newest == STEPS:  # no save came after it, which would have deleted the older ones
-        end["names"] = [name for name in end["names"] if not name.startswith("checkpoints/step") or f"{STEPS:08d}" in name]
+        end["names"] = [name for name in end["names"]
+                        if not name.startswith("checkpoints/step") or f"{STEPS:08d}" in name]
     wrong = [key for key in reference if end[key] != reference[key]]
     return f"wrong end: {[(end[key], reference[key]) for key in wrong]}" if wrong else None
 
@@ -166,8 +167,8 @@ def failing_disk(place: str, folder: str, error: int, mode: int = shim.FAIL, wid
 def failing_saves(place: str, folder: str, failures: int) -> dict[str, Any]:
     """Save after every step, on a disk where so many saves cannot even make their folder."""
     run = Path(folder) / "run"
-    code = train(Path(place), run, keep_last=50, cadence=["checkpoint.every_steps=1"], below="checkpoints", mode=shim.FAIL,
-                 n=1, to=1 + failures, error=errno.ENOSPC)[0]
+    code = train(Path(place), run, keep_last=50, cadence=["checkpoint.every_steps=1"], below="checkpoints",
+                 mode=shim.FAIL, n=1, to=1 + failures, error=errno.ENOSPC)[0]
     return {"code": code, "said": said(run), "kept": sorted(path.name for path in (run / "checkpoints").glob("*")),
             "steps": [step for step, _ in end_of(run)["losses"]]}
 
