@@ -28,7 +28,7 @@ from megatron_ttl.errors import ConfigError, raise_faults
 
 __all__ = ["Reading", "Settings", "accumulation", "check_world", "load_settings", "read_settings"]
 
-_EXPLAINED = 2_000  # unknown keys for which the likely meaning is looked for
+_EXPLAINED = 1_700  # unknown keys for which the likely meaning is looked for
 DEFAULT = "default"
 """Origin of a key that neither file nor command line gives."""
 
