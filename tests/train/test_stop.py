@@ -77,7 +77,7 @@ def test_before_the_processes_met_a_signal_ends_it_at_once(waiting, number):
 def test_the_third_ctrl_c_ends_it_and_the_second_says_so(waiting):
     """What comes within a second is one Ctrl-C that came by two ways; SIGTERM does not count."""
     process = waiting("trains")
-    for number, pause in ((signal.SIGINT, 0.2), (signal.SIGINT, 1.1), (signal.SIGTERM, 0.2), (signal.SIGTERM, 0.2),
+    for number, pause in ((signal.SIGINT, 0.2), (signal.SIGINT, 1.1), (signal.SIGTERM, 1.1), (signal.SIGTERM, 1.1),
                           (signal.SIGINT, 0.2), (signal.SIGINT, 1.1)):
         process.send_signal(number)
         time.sleep(pause)
