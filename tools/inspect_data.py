@@ -10,7 +10,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prefix", required=True, help="dataset, without .bin or .idx")
     parser.add_argument("--verify", action="store_true", help="compare checksums, look into every document")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N documents")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N documents")
+    parser.add_argument("--first", type=int, default=0, metavar="D", help="number of the first one to print (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
 
@@ -22,7 +23,7 @@ def main() -> None:
     ids = Path(f"{args.prefix}.bin")
     with progress("reading", ids.stat().st_size if ids.is_file() else None, "B") as advance:
         result = inspect_dataset(args.prefix, args.verify, advance)
-    shown = list(decoded_documents(args.prefix, args.show)) if args.show else []
+    shown = list(decoded_documents(args.prefix, args.show, args.first)) if args.show else []
     if args.json and shown:
         result["shown"] = [text for _, _, text in shown]
     print_result(result, args.json)

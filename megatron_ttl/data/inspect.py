@@ -71,11 +71,11 @@ def inspect_dataset(prefix: str | os.PathLike[str], verify: bool = False,
     return result
 
 
-def decoded_documents(prefix: str | os.PathLike[str], count: int) -> Iterator[tuple[int, int, str]]:
-    """Yield (number, tokens, text) of the first documents, decoded with the tokenizer's copy beside the data.
+def decoded_documents(prefix: str | os.PathLike[str], count: int, first: int = 0) -> Iterator[tuple[int, int, str]]:
+    """Yield (number, tokens, text) of `count` documents from `first` on, decoded with the tokenizer's copy beside the data.
 
     Raises:
-        ConfigError: the count is negative.
+        ConfigError: the count is negative, or there is no such document.
         DataError: the dataset has no manifest, or its tokenizer is not there.
     """
     if count < 0:
@@ -84,8 +84,11 @@ def decoded_documents(prefix: str | os.PathLike[str], count: int) -> Iterator[tu
     if dataset.manifest is None:
         raise DataError(f"{dataset.prefix}: has no manifest, so its tokenizer is unknown; must have one to "
                         "be decoded; inspect it without --show")
+    if not 0 <= first < max(1, dataset.document_count):
+        raise ConfigError(f"--first: {first}; must be a number from 0 to {dataset.document_count - 1:,}; write the first "
+                          "document to show")
     tokenizer = Tokenizer.load(dataset.paths.manifest.parent / dataset.manifest.tokenizer.directory)
-    for number in range(min(count, dataset.document_count)):
+    for number in range(first, min(first + count, dataset.document_count)):
         ids = dataset.document(number)
         yield number, len(ids), tokenizer.decode([i for i in ids.tolist() if i >= _SPECIAL_IDS or i == 0])
 

@@ -43,8 +43,11 @@ def test_counts_are_those_of_the_ids(prefix, monkeypatch):
 def test_documents_are_shown_as_they_were_written(prefix):
     """The first texts, without special tokens."""
     assert [text for _, _, text in decoded_documents(prefix, 3)] == documents(30, seed=4)[:3]
+    assert [text for _, _, text in decoded_documents(prefix, 3, 28)] == documents(30, seed=4)[28:]
     with pytest.raises(ConfigError, match="--show: -1; must be 0 or more"):
         next(decoded_documents(prefix, -1))
+    with pytest.raises(ConfigError, match="--first: 30; must be a number from 0 to 29; "):
+        next(decoded_documents(prefix, 1, 30))
 
 
 @pytest.mark.parametrize(("position", "value", "message"), [(5, 2, "checksum"), (0, 60_000, "checksum")])
