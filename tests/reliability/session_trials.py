@@ -48,7 +48,7 @@ def train(place: Path, run: Path, world_size: int = 1, victim: int = 0, keep_las
         os.dup2(said, 1)
         os.dup2(said, 2)
         torch.set_num_threads(1)
-        mesh = join(Ranks(rank, world_size, rank), timeout_s=30, rendezvous=f"file://{meeting}")
+        mesh = join(Ranks(rank, world_size, rank), timeout_s=90, rendezvous=f"file://{meeting}")
         if hit and rank == victim:
             shim.arm(run / below, **hit)
         try:
