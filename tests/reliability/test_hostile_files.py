@@ -141,7 +141,7 @@ def test_templates_and_neighbours_are_only_text(place: Place, canary):
 
 
 COMMANDS = [
-    "generate.py --model . --prompt x --max-new-tokens 2 --device cpu",
+    pytest.param("generate.py --model . --prompt x --max-new-tokens 2 --device cpu", marks=pytest.mark.long),
     "preprocess_data.py --input ../new.jsonl --tokenizer ../data/tokenizer --output-prefix out --workers 2",
     pytest.param("evaluate.py --model . --perplexity ../data/held --device cpu", marks=pytest.mark.long),
     pytest.param("inspect_data.py --prefix ../data/train --verify --show 1", marks=pytest.mark.long),
