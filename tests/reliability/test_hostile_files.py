@@ -53,7 +53,7 @@ def test_the_canary_sings(canary, name, kind):
     assert canary.is_dir()
 
 
-SHORT = 5  # a fifth of the payloads for each entry point, another fifth for the next one
+SHORT = 8  # an eighth of the payloads for each entry point, another eighth for the next one
 
 
 @pytest.mark.parametrize("every", [SHORT, pytest.param(1, marks=pytest.mark.long)])
