@@ -168,7 +168,9 @@ BOMBS: dict[str, tuple[Callable[[Place], object], Callable[[Place], object]]] = 
     "documents of a sparse terabyte": (lambda p: sparse(p.folder / "new.jsonl", 1 << 40), read_documents),
     "deep documents": (lambda p: (p.folder / "new.jsonl").write_text('{"text":' * DEEP), lambda p: tokenise(p)),
 }
-LARGE = {"a million tensors", "header of 100 MB", "gzip bomb of one line of zeros", "manifest of 1 GB"}
+LARGE = {"a million tensors", "header of 100 MB", "gzip bomb of one line of zeros", "manifest of 1 GB", "sparse model",
+         "header of 99 MB of zeros", "record of 1 GB", "deep header", "config of 1 GB", "deep weight map", "zst",
+         "data manifest of 1 GB", "deep settings", "deep run file", "training.json of 1 GB"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if name in LARGE else ())

@@ -53,7 +53,7 @@ def write_sharded(folder: Path, state: dict[str, Any]) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [
-    "shards", pytest.param("file", marks=pytest.mark.long), pytest.param("legacy", marks=pytest.mark.long)])
+    "file", pytest.param("shards", marks=pytest.mark.long), pytest.param("legacy", marks=pytest.mark.long)])
 def test_good_weights_are_the_same_to_the_bit(tmp_path, theirs, kind):
     """transformers saved them, transformers loads the result: all tensors equal; so does our reader."""
     model = llama(theirs)

@@ -186,11 +186,11 @@ def test_other_files_of_a_tokenizer_folder_stay_where_they_are(place: Place, out
 
 @pytest.mark.parametrize("value", ["a\\u0000b", "a\\u001b[2J", "x" * 300, "x/" * 3000 + "y", " ", "a\\u202eb"])
 @pytest.mark.parametrize("key", ["run.dir", "run.start_from", "data.sources", "evaluation.prefixes"])
-def test_paths_in_settings_are_paths(place: Place, key, value):
+def test_paths_in_settings_are_paths(original: Place, key, value):
     """NUL, control characters, names that no file system takes."""
     text = {"data.sources": f'[{{prefix = "{value}"}}]', "evaluation.prefixes": f'["{value}"]'}.get(key, f'"{value}"')
     with pytest.raises(ConfigError, match=r"must be a path of printable characters|must have at most 3,800, and 200"):
-        place.settings(f"{key}={text}")
+        original.settings(f"{key}={text}")
 
 
 @pytest.mark.parametrize("prefix", ["../../etc/passwd", "/dev/zero", "/proc/self/mem",
@@ -214,9 +214,10 @@ def test_a_linked_folder_is_replaced_and_not_filled(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", [
-    "generate.py --model {long}", pytest.param("convert_to_hf.py --run {long} --output x", marks=pytest.mark.long),
+    "show_config.py --deepspeed_config {long} --config {long}",
+    pytest.param("generate.py --model {long}", marks=pytest.mark.long),
+    pytest.param("convert_to_hf.py --run {long} --output x", marks=pytest.mark.long),
     pytest.param("inspect_data.py --prefix {long}", marks=pytest.mark.long),
-    pytest.param("show_config.py --deepspeed_config {long} --config {long}", marks=pytest.mark.long),
     pytest.param("import_weights.py --allow-pickle --input {long} --output x", marks=pytest.mark.long),
     pytest.param("preprocess_data.py --input {long} --tokenizer {long} --output-prefix {long}", marks=pytest.mark.long),
     pytest.param("train_tokenizer.py --input {long} --output {long}", marks=pytest.mark.long),
