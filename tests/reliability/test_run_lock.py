@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,26 @@ def lock_text(run_dir):
     return (run_dir / "run.lock").read_text()
 
 
+@contextmanager
+def running(words, **settings):
+    """Start a process; kill it at the end of the block, however that ends."""
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **settings)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
 def hold(run_dir, **environment):
-    """Start a process that takes the folder and keeps it; return it once it has."""
+    """Start a process that takes the folder and keeps it; go on once it has."""
     code = ("import sys, time; from megatron_ttl.train.run_lock import RunLock; lock = RunLock(); lock.take(sys.argv[1]);"
             "print('taken', flush=True); time.sleep(600)")
     root = Path(run_lock.__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], cwd=root, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, **environment})
-    assert process.stdout.readline() == "taken\n"
-    return process
+    with running([sys.executable, "-c", code, str(run_dir)], cwd=root, env={**os.environ, **environment}) as process:
+        assert process.stdout.readline() == "taken\n"
+        yield process
 
 
 def test_the_owner_is_named_with_host_process_and_job(tmp_path):
@@ -45,7 +57,6 @@ def test_the_owner_is_named_with_host_process_and_job(tmp_path):
         with pytest.raises(ConfigError, match=IN_USE.format(pid=owner.pid)) as refused:
             RunLock().take(tmp_path / "run")
         assert f"host {socket.gethostname()}, pid {owner.pid}, Slurm job 4711, since " in str(refused.value)
-        owner.kill()
 
 
 def test_a_killed_owner_leaves_no_lock(tmp_path):
@@ -77,11 +88,10 @@ def test_an_owner_that_has_not_written_yet_is_waited_for(tmp_path):
     path.write_text(f"host {socket.gethostname()}, pid 2147483646, since 2020-01-01 00:00:00\n")
     code = ("import fcntl, sys, time; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print('', flush=True);"
             "time.sleep(0.3); f.write('host h, pid 1, since now\\n'); f.truncate(); f.flush(); time.sleep(600)")
-    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as owner:
+    with running([sys.executable, "-c", code, str(path)]) as owner:
         owner.stdout.readline()
         with pytest.raises(ConfigError, match="in use by host h, pid 1, since now; a run folder"):
             RunLock().take(tmp_path)
-        owner.kill()
 
 
 def test_what_a_stranger_wrote_cannot_paint_the_screen(tmp_path):
@@ -110,15 +120,11 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys,
 
 def test_a_full_disk_takes_the_lock_all_the_same(tmp_path, monkeypatch):
     """What is too little space is said by those who need space."""
-    real = run_lock._open
+    class Full(io.FileIO):
+        def write(self, _text) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full(path):
-        handle = real(path)
-        os.close(handle.fileno())
-        os.dup2(os.open("/dev/full", os.O_RDWR), handle.fileno())
-        return handle
-
-    monkeypatch.setattr(run_lock, "_open", full)
+    monkeypatch.setattr(run_lock, "_open", lambda path: Full(path, "w+"))
     with RunLock() as lock:
         lock.take(tmp_path)
 
@@ -231,7 +237,6 @@ def test_a_loser_imports_neither_torch_nor_pydantic(repository, place, tmp_path)
     with hold(tmp_path / "run") as owner:
         words = command(repository, place, tmp_path / "run", [sys.executable, "-X", "importtime"])
         done = subprocess.run(words, cwd=repository, env=environment(), capture_output=True, text=True, timeout=60)
-        owner.kill()
     assert done.returncode == 2
     assert re.search(IN_USE.format(pid=owner.pid), done.stderr)
     imported = {line.split("|")[2].strip() for line in done.stderr.splitlines() if line.count("|") == 2}
@@ -258,14 +263,15 @@ def launcher(name):
 def test_a_job_whose_folder_is_taken_ends_as_a_whole(repository, place, tmp_path, name):
     """Its first process leaves; the others do not wait for it, and it is said once."""
     with hold(tmp_path / "run") as owner:
-        with subprocess.Popen(command(repository, place, tmp_path / "run", launcher(name)), cwd=repository, text=True,
-                              env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
+        words = command(repository, place, tmp_path / "run", launcher(name))
+        with running(words, cwd=repository, env=environment(), stderr=subprocess.STDOUT) as job:
             said, told = "", None
             for line in job.stdout:
                 said += line
                 told = told or ("in use by" in line and time.monotonic())
-        owner.kill()
-    assert told and time.monotonic() - told < 10, said
+            job.wait()
+            ended = time.monotonic()
+    assert told and ended - told < 10, said
     assert len(re.findall(IN_USE.format(pid=owner.pid), said)) == 1, said
     assert job.returncode == (1 if name == "torchrun" else 2), said
 
@@ -292,13 +298,9 @@ def test_one_process_needs_no_port(repository, place, tmp_path):
     """MASTER_PORT is put into its environment, for DeepSpeed looks for it; nobody binds it."""
     low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     words = command(repository, place, tmp_path / "run", overrides=["train.steps=100000"])
-    with subprocess.Popen(words, cwd=repository, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          text=True) as process:
-        try:
-            assert any(line.startswith("step 3/") for line in process.stdout)
-            ports = listening_ports(process.pid)
-        finally:
-            process.send_signal(signal.SIGKILL)
+    with running(words, cwd=repository, env=environment(), stderr=subprocess.DEVNULL) as process:
+        assert any(line.startswith("step 3/") for line in process.stdout)
+        ports = listening_ports(process.pid)
     assert all(low <= port <= high for port in ports), f"a fixed port: {ports}"
 
 
