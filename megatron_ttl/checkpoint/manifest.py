@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from collections.abc import Mapping
@@ -230,6 +231,19 @@ def verify(folder: Path, step: int | None = None, peers: Peers = ALONE) -> tuple
                               "system that all machines share; move the run folder there")
     assert manifest is not None
     return manifest, record
+
+
+def foreign_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Name what lies in the folder of a verified checkpoint and is no part of it, such as pieces of another run.
+
+    No reason to refuse it: it is never read, and a file system may put files of its own there.
+    """
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder))
+    except OSError:
+        return []
+    return [f"{folder / name}: is not in the manifest; a checkpoint holds nothing else, so it is not read; move it away"
+            for name in names if name not in manifest.files and name != MANIFEST]
 
 
 def _file_faults(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:

@@ -30,6 +30,7 @@ from megatron_ttl.checkpoint.manifest import (
     describe_pieces,
     encode_record,
     file_name,
+    foreign_files,
     plan_manifest,
     read_manifest,
     verify,
@@ -62,7 +63,7 @@ class CheckpointStore:
 
     Attributes:
         directory: the folder of the step folders; made by the first save.
-        warnings: what the last `latest_valid` passed over and the last `save` could not delete, for people.
+        warnings: what the last `latest_valid` passed over or did not know, and what the last `save` could not delete.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep_last: int = 2,
@@ -77,9 +78,10 @@ class CheckpointStore:
         """Return the steps that have a folder, ascending; whether they are valid is not looked at."""
         try:
             names = [entry.name for entry in os.scandir(self.directory)]
-        except FileNotFoundError:
-            return []
         except OSError as error:
+            # A link to a disk that is not mounted hides checkpoints; without even a link, none was ever written.
+            if isinstance(error, FileNotFoundError) and not os.path.lexists(self.directory):
+                return []
             raise CheckpointError(f"{self.directory}: cannot be read ({error.strerror}); it must be the "
                                   "folder of the run's checkpoints; check the path and its "
                                   "permissions") from None
@@ -102,7 +104,8 @@ class CheckpointStore:
         return Checkpoint(folder, manifest.step, record, manifest)
 
     def latest_valid(self, peers: Peers = ALONE, unfit: Callable[[Checkpoint], str] = lambda _: "") -> Checkpoint | None:
-        """Open the newest checkpoint that is whole; what is passed over stands in `warnings`.
+        """Open the newest checkpoint that is whole; what is passed over, and what is no part of it, is in
+        `warnings`.
 
         Args:
             peers: they share the work, and all come to the same result: the first one's folder listing counts.
@@ -125,6 +128,7 @@ class CheckpointStore:
             else:
                 found = [fault] if (fault := unfit(checkpoint)) else []
                 if not found:
+                    self.warnings += foreign_files(checkpoint.directory, checkpoint.manifest)
                     return checkpoint
             faults += found
             self.warnings += [f"checkpoint of step {step} passed over: {fault}" for fault in found]
