@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
                 print_forecast(plan, arguments.json)
             return 0
         # Before the slow imports: a signal then must not be lost, and a second run in the folder leaves at once.
-        stop = StopRequest(speaks=ranks.is_first, waits_for_peers=ranks.world_size > 1)
+        stop = StopRequest(ranks.is_first, waits_for_peers=ranks.world_size > 1, to_the_end=__name__ == "__main__")
         with RunLock(takes=ranks.is_first) as lock, stop:
             stop_with_launcher()
             lock.take_early(arguments.config, arguments.overrides)

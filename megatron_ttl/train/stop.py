@@ -28,15 +28,18 @@ class StopRequest:
     more, and what must happen meanwhile a thread does, which the interpreter's C handler wakes through a pipe.
     """
 
-    def __init__(self, speaks: bool = True, waits_for_peers: bool = False) -> None:
+    def __init__(self, speaks: bool = True, waits_for_peers: bool = False, to_the_end: bool = False) -> None:
         """Prepare a flag.
 
         Args:
             speaks: whether this process says that it was asked; of several, one is enough.
             waits_for_peers: whether a signal ends the process at once, until `met` is called.
+            to_the_end: whether the process has nothing left to do afterwards but to end; a signal is ignored then, or it
+                would be the exit code of a run that is done.
         """
         self._speaks = speaks
         self._waits_for_peers = waits_for_peers
+        self._to_the_end = to_the_end
         self.signal_name: str | None = None
         self._interrupts: list[float] = []
         self._previous: dict[int, object] = {}
@@ -93,7 +96,7 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, signal.SIG_IGN if self._to_the_end else handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._previous_wake)
         os.close(self._wake)
         self._thread.join()  # what it had to say is said

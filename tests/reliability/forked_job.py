@@ -73,7 +73,7 @@ class ForkedJob:
         return self._read("codes")
 
     def _read(self, name: str) -> list[int]:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + patient(20)
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError):
                 return json.loads((self.folder / name).read_text())
@@ -82,13 +82,13 @@ class ForkedJob:
 
     def reached(self, timeout_s: float = 30) -> bool:
         """Wait until the planted fault happens; whether it did before the job ended."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + patient(timeout_s)
         while not (there := (self.folder / "fault-at").exists()) and self.process.is_alive():
             assert time.monotonic() < deadline, self.log
             time.sleep(0.005)
         return there
 
-    def wait(self, timeout_s: float = 60) -> int:
+    def wait(self, timeout_s: float = 240) -> int:
         """Wait for the launcher; its exit code."""
         self.process.join(timeout_s)
         if self.process.exitcode is None:
@@ -108,7 +108,7 @@ class ForkedJob:
 
     def wait_for_orphans(self, timeout_s: float) -> list[int]:
         """Give what is left some time to end; return whoever did not, and end it."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + patient(timeout_s)
         while (left := self.members()) and time.monotonic() < deadline:
             time.sleep(0.02)
         self.end()
@@ -119,6 +119,11 @@ class ForkedJob:
         for pid in self.members():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def patient(seconds: float) -> float:
+    """Return a limit of time; where processes queue for a core, time says little of ours, and the limit is wider."""
+    return seconds if os.getloadavg()[0] < (os.cpu_count() or 1) else 8 * seconds
 
 
 def command_line(folder: Path, data: Path, profile: dict | None, fault: tuple[str, ...],

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from forked_job import command_line
+from forked_job import command_line, patient
 
 from megatron_ttl.runtime import free_port
 
@@ -50,7 +50,7 @@ class LauncherJob:
         """All that launcher and ranks printed."""
         return (self.folder / "log").read_text(errors="replace")
 
-    def wait(self, timeout_s: float = 60) -> int:
+    def wait(self, timeout_s: float = 240) -> int:
         """Wait for the launcher; its exit code."""
         try:
             return self.process.wait(timeout_s)
@@ -69,7 +69,7 @@ class LauncherJob:
 
     def wait_for_orphans(self, timeout_s: float) -> list[int]:
         """Give what is left some time to end; return whoever did not, and end it."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + patient(timeout_s)
         while (left := self.members()) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.end()

@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from forked_job import TENSOR_PIPELINE, ForkedJob
+from forked_job import TENSOR_PIPELINE, ForkedJob, patient
 from planted_fault import HANGS
 from tiny_session import write_data
 
@@ -31,11 +31,11 @@ def test_a_hung_rank_ends_the_job(data, tmp_path, section, kind, victim):
     """Four ranks, tensor 2 x pipeline 2, under torchrun's agent; within the section's limit and ten seconds."""
     job = ForkedJob(tmp_path / "job", data, 4, TENSOR_PIPELINE | {"watchdog": LIMITS}, (section, str(victim), kind),
                     agent=True)
-    code = job.wait(90)
+    code = job.wait()
     took = time.time() - float((job.folder / "fault-at").read_text())
     log, stacks = job.log, sorted((job.folder / "run/stacks").iterdir())
     assert code not in (0, 85), log
-    assert took < LIMITS[LIMIT_OF[section]] + 10, f"{took:.1f} s\n{log}"
+    assert took < LIMITS[LIMIT_OF[section]] + patient(10), f"{took:.1f} s\n{log}"
     assert not job.wait_for_orphans(2), log
     assert [path.name for path in stacks] == [f"rank-{rank:05d}.txt" for rank in range(4)], log
     assert all("most recent call first" in path.read_text() for path in stacks)

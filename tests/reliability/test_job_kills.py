@@ -14,7 +14,7 @@ import signal
 import time
 
 import pytest
-from forked_job import TENSOR_DATA, TENSOR_PIPELINE, ForkedJob, curve, digest, shared_memory
+from forked_job import TENSOR_DATA, TENSOR_PIPELINE, ForkedJob, curve, digest, patient, shared_memory
 from launcher_job import LauncherJob, launcher
 from tiny_session import write_data
 
@@ -52,10 +52,10 @@ def kill(job, draw, moment):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
-    job.wait(30)
+    job.wait()
     left = job.wait_for_orphans(10)
     assert not left, f"{victims} killed, {left} left\n{job.log}"
-    assert time.monotonic() - began < 12, job.log
+    assert time.monotonic() - began < patient(12), job.log
     return alive
 
 
@@ -86,7 +86,7 @@ def test_kills_at_random_moments(data, tmp_path, unkilled, kills):
 def test_processes_end_with_their_launcher(repository, data, tmp_path, name):
     """The real ones, killed while a step runs; under deepspeed the ranks are grandchildren."""
     job = LauncherJob(repository, tmp_path / "job", data, launcher(name), TENSOR_DATA, ("step", "1", "slow"))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (job.folder / "fault-at").exists():
         assert time.monotonic() < deadline and job.process.poll() is None, job.log
         time.sleep(0.01)

@@ -14,7 +14,7 @@ import signal
 import time
 
 import pytest
-from forked_job import TENSOR_DATA, ForkedJob, curve, digest, finished
+from forked_job import TENSOR_DATA, ForkedJob, curve, digest, finished, patient
 from launcher_job import LauncherJob, launcher
 from planted_fault import SECTIONS, SLOW_S
 from tiny_session import write_data
@@ -77,8 +77,8 @@ def disturb(folder, data, profile, draw):
     for _ in range(draw.choice((0, 0, 0, 1, 2))):
         time.sleep(draw.uniform(0, 0.3))
         send(job, draw, draw.choice(SIGNALS))
-    job.wait(30)
-    assert time.monotonic() - sent < 12, job.log  # what is left of the start, a step and a save, on a busy machine
+    job.wait()
+    assert time.monotonic() - sent < patient(12), job.log  # what is left of the start, a step and a save, on a busy machine
     assert not job.wait_for_orphans(1), job.log
     codes, after = job.codes(), steps_seen(folder)
     assert codes == [0, 0] or after <= before + 2, (before, after, job.log)
@@ -126,7 +126,7 @@ def test_switch_files_at_random_moments(data, tmp_path, rounds):
             time.sleep(draw.uniform(0, 0.3))
             asked.append(steps_seen(folder))
             (folder / "run" / name).touch()
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + patient(10)
             while (folder / "run" / name).exists():
                 assert time.monotonic() < deadline, f"{name} is still there\n{job.log}"
                 time.sleep(0.001)
@@ -166,7 +166,7 @@ def test_launchers_pass_it_on(repository, data, tmp_path, name, number, whole_gr
     reference = LauncherJob(repository, tmp_path / "reference", data, launcher(name), DATA)
     assert reference.wait() == 0, reference.log
     job = LauncherJob(repository, tmp_path / "job", data, launcher(name), DATA, ("step", "1", "slow"))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (job.folder / "fault-at").exists():
         assert time.monotonic() < deadline, job.log
         time.sleep(0.01)

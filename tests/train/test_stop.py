@@ -27,6 +27,18 @@ def test_a_signal_sets_the_flag_and_a_second_one_changes_nothing(number, capsys)
     assert capsys.readouterr().err == f"{signal.Signals(number).name}: stopping after this step; a checkpoint will be written\n"
 
 
+def test_a_signal_after_the_end_is_not_the_exit_code():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with StopRequest(to_the_end=True):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
 def test_one_process_speaks_for_all(capsys):
     with StopRequest(speaks=False) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
