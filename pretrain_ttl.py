@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
                 print_forecast(forecast, arguments.json)
             return 0
         # Before the slow imports: a signal then must not be lost.
-        with StopRequest(ranks.is_first, waits_for_peers=ranks.world_size > 1, to_the_end=__name__ == "__main__") as stop:
+        with StopRequest(ranks.is_first, ranks.world_size > 1, to_the_end=__name__ == "__main__") as stop:
             from megatron_ttl.config.load import load_settings
 
             stop_with_launcher()
