@@ -59,11 +59,12 @@ def kill(job, draw, moment):
     return alive
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.long)])
-def test_kills_at_random_moments(data, tmp_path, unkilled, kills):
-    """As many again under the other layout."""
+@pytest.mark.parametrize(("seed", "kills"), [
+    (0, 4), *(pytest.param(seed, 20, marks=pytest.mark.long) for seed in range(1, 6))])
+def test_kills_at_random_moments(data, tmp_path, unkilled, seed, kills):
+    """Under both layouts."""
     profile, expected, whole_s = unkilled
-    draw, before, done, folder = random.Random(f"kills {kills}"), shared_memory(), 0, None
+    draw, before, done, folder = random.Random(seed), shared_memory(), 0, None
     while done < kills or folder is not None:
         folder = folder or tmp_path / str(done)
         job = ForkedJob(folder, data, 4, profile, overrides=OFTEN)

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import time
+from itertools import cycle
 
 import pytest
 from forked_job import TENSOR_DATA, ForkedJob, curve, digest, finished, patient
@@ -59,9 +60,8 @@ def send(job, draw, number):
                 os.kill(job.process.pid if number != signal.SIGUSR1 else job.pids()[0], number)
 
 
-def disturb(folder, data, profile, draw):
-    """Start once, ask to stop at a random moment, maybe more than once; return exit codes and what was hit."""
-    section = draw.choice((*SECTIONS, "any"))
+def disturb(folder, data, profile, draw, section):
+    """Start once, ask to stop at a random moment, maybe more than once; return the ranks' exit codes."""
     fault = () if section == "any" else (section, str(draw.randrange(2)), "slow")
     job = ForkedJob(folder, data, 2, profile, fault)
     job.pids()
@@ -84,30 +84,29 @@ def disturb(folder, data, profile, draw):
     assert codes == [0, 0] or after <= before + 2, (before, after, job.log)
     if codes != [0, 0] and set(codes) != {85}:
         assert set(codes) <= TOO_EARLY | {85} and section == "any" and after == before, (codes, section, job.log)
-    return codes, section
+    return codes
 
 
-@pytest.mark.parametrize("signals", [5, pytest.param(50, marks=pytest.mark.long)])
-def test_signals_at_random_moments(data, tmp_path, undisturbed, signals):
-    """As many again under the other layout; sections are slowed down, so that all are hit."""
+@pytest.mark.parametrize(("seed", "signals"), [
+    (0, 4), *(pytest.param(seed, 10, marks=pytest.mark.long) for seed in range(1, 6))])
+def test_signals_at_random_moments(data, tmp_path, undisturbed, seed, signals):
+    """Under both layouts; sections take their turns and are slowed down, so that all are hit."""
     profile, expected = undisturbed
-    draw, sent, hit = random.Random(f"signals {signals}"), 0, set()
-    for chain in range(signals):
-        folder = tmp_path / str(chain)
-        folder.mkdir()
-        codes = None
-        while codes != [0, 0] and sent < signals:
-            codes, section = disturb(folder, data, profile, draw)
-            if codes != [0, 0]:
-                sent += 1
-                hit.add(section)
-        if codes != [0, 0]:
-            finished(folder, data, 2, profile)
-        assert (digest(folder), curve(folder)) == expected
-        if sent >= signals:
-            break
-    assert sent == signals
-    assert signals < 50 or hit == {*SECTIONS, "any"}
+    draw, turns, sent, folder = random.Random(seed), cycle((*SECTIONS, "any")), 0, None
+    for _ in range(seed % 7):
+        next(turns)
+    while sent < signals or folder is not None:
+        if folder is None:
+            folder = tmp_path / str(sent)
+            folder.mkdir()
+        if sent < signals:
+            codes = disturb(folder, data, profile, draw, next(turns))
+            sent += codes != [0, 0]
+        else:
+            codes = finished(folder, data, 2, profile) and [0, 0]
+        if codes == [0, 0]:
+            assert (digest(folder), curve(folder)) == expected
+            folder = None
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(5, marks=pytest.mark.long)])
