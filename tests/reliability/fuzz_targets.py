@@ -310,8 +310,9 @@ def _run_folder(folder: Path) -> RunFolder:
 def _run_seeds(folder: Path) -> tuple[bytes, ...]:
     _settings_seeds(folder)
     settings = _run_folder(folder).settings
-    CheckpointStore(folder / "run/checkpoints").save(3, {"rng": _state()["rng"]}, {"step": 3})
     stored = {"run": settings.run.model_dump(mode="json"), "versions": {}}
+    record = {"step": 3, "consumed_samples": 24, "consumed_tokens": 768, "run": stored["run"]}
+    CheckpointStore(folder / "run/checkpoints").save(3, {"rng": _state()["rng"]}, record)
     return json.dumps(stored, indent=2).encode(), json.dumps(stored).encode()
 
 

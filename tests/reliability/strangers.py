@@ -187,7 +187,7 @@ ENTRIES: list[tuple[str, str, Callable[[Place], object], bool]] = [
     ("data/tokenizer/special_tokens_map.json", "preprocess", tokenise, False),  # kept where a copy is there
     ("run.toml", "load_settings", lambda place: place.settings(), True),
     ("machine.json", "load_settings", lambda place: place.settings(), True),
-    ("run.toml", "dry_run", lambda place: dry_run(place.machine, place.run_file, [], 1), True),
+    ("run.toml", "dry_run", lambda place: dry_run(place.machine, place.run_file, ["train.steps=8"], 1), True),
     ("model/config.json", "open_model_folder", open_model, True),
     ("model/generation_config.json", "open_model_folder", open_model, False),  # never read
     ("model/special_tokens_map.json", "open_model_folder", open_model, False),  # never read

@@ -124,7 +124,7 @@ def test_a_full_disk_takes_the_lock_all_the_same(tmp_path, monkeypatch):
         def write(self, _text) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_lock, "_open", lambda path: Full(path, "w+"))
+    monkeypatch.setattr(run_lock, "open_own", lambda path, *_: Full(path, "w+"))
     with RunLock() as lock:
         lock.take(tmp_path)
 
@@ -306,13 +306,14 @@ def test_one_process_needs_no_port(repository, place, tmp_path):
 
 MEET = """
 import torch, torch.distributed as dist
-from megatron_ttl.runtime import announce_ranks, discover_ranks, find_meeting_place
+from megatron_ttl.runtime import announce_ranks, discover_ranks, end_at_once, find_meeting_place
 ranks = find_meeting_place(discover_ranks())
 announce_ranks(ranks)
 dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world_size)
 total = torch.tensor([ranks.rank + 1])
 dist.all_reduce(total)
 assert total.item() == 3
+end_at_once(0)
 """
 
 

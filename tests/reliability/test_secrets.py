@@ -43,9 +43,9 @@ def where_it_lies(folder: Path, *texts: str) -> list[str]:
 def test_the_environment_goes_nowhere(tmp_path, repository, mirror):
     """A run that saves, evaluates and then crashes with a traceback, and an export: no value of the environment."""
     machine, run = write_settings(tmp_path, write_data(tmp_path / "data"), tmp_path / "run")
-    crashing = repository / "tests" / "launchers" / "failing_train.py"
+    crashing = repository / "tests" / "reliability" / "planted_fault.py"
     done = subprocess.run(
-        [sys.executable, str(crashing), "0", "raise", "--deepspeed_config", str(machine), "--config", str(run),
+        [sys.executable, str(crashing), "step", "0", "raise", str(tmp_path / "told"), "--deepspeed_config", str(machine), "--config", str(run),
          "checkpoint.every_steps=1", "evaluation.every_steps=1", f"log.wandb={mirror}"], cwd=tmp_path, text=True,
         capture_output=True, timeout=300, env={**os.environ, **ENVIRONMENT})
     assert done.returncode == 1 and "ZeroDivisionError: planted" in done.stderr, done.stderr
