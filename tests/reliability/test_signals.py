@@ -81,7 +81,7 @@ def disturb(folder, data, profile, draw, section):
     assert time.monotonic() - sent < patient(12), job.log  # what is left of the start, a step and a save, on a busy machine
     assert not job.wait_for_orphans(1), job.log
     codes, after = job.codes(), steps_seen(folder)
-    assert codes == [0, 0] or after <= before + 2, (before, after, job.log)
+    assert after <= before + 2, (before, after, job.log)  # also at the end of the run: it was about to be
     if codes != [0, 0] and set(codes) != {85}:
         assert set(codes) <= TOO_EARLY | {85} and section == "any" and after == before, (codes, section, job.log)
     return codes
