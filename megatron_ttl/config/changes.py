@@ -150,8 +150,8 @@ def refusals(changes: Iterable[Change], settings: Settings) -> list[str]:
             faults.append(f"{was}; must stay so or be confirmed, for {change.why}; set it back, or add --allow-change "
                           f"{change.field}")
         else:
-            faults.append(f"{was}; must stay as it was: {change.why}; set it back, or begin another run: run.dir=<a new "
-                          "folder>")
+            faults.append(f"{was}; must stay as it was: {change.why}; set it back, or begin another run: run.dir=<a "
+                          "new folder>")
     return faults
 
 
@@ -166,11 +166,11 @@ def allowance_faults(names: Iterable[str]) -> list[tuple[str, str]]:
             covered = [rule_of(name) or _UNCLASSIFIED]
         if not covered:
             near = nearest_keys(name.partition("=")[0], known)
-            faults.append((name, "is no setting; must be a key, or a section, of the run file or of the DeepSpeed JSON; "
+            faults.append((name, "is no setting; must be a key or a section of the run file or of the DeepSpeed JSON; "
                            + (did_you_mean(near) if near else "e.g. optimizer.lr or optimizer")))
         elif all(verdict == "forbidden" for verdict, _ in covered):
-            faults.append((name, f"may not change within a run; must stay as it was: {covered[0][1]}; remove the flag, or "
-                           "begin another run: run.dir=<a new folder>"))
+            faults.append((name, f"may not change within a run; must stay as it was: {covered[0][1]}; remove the flag, "
+                           "or begin another run: run.dir=<a new folder>"))
     return faults
 
 

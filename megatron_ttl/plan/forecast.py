@@ -159,7 +159,8 @@ def print_forecast(result: dict[str, Any], as_json: bool) -> None:
         result = dict(result)
         picture = result.pop("layout")
         if changes := result.pop("changes", None):
-            print_table(CHANGE_HEADER, [row.values() for row in changes], title="changed since the run was last started")
+            print_table(CHANGE_HEADER, [row.values() for row in changes],
+                        title="changed since the run was last started")
         for key in ("checkpoint_bytes", "checkpoints_at_once_bytes"):
             result[key.replace("_bytes", "")] = human_bytes(result.pop(key))
         for key in ("lr_first", "lr_peak", "lr_last", "flops", "flops_per_token_c", "flops_per_token_nc"):

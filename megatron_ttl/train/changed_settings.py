@@ -82,8 +82,8 @@ def change_faults(changes: Sequence[Change], step: int, settings: Settings) -> l
     faults = refusals(changes, settings)
     total = settings.run.total_steps
     if total < step:
-        faults.append(f"{settings.run_path}: train.steps: the run would end after {total:,} steps, and the checkpoint is "
-                      f"at step {step:,}; the end must not lie before it; set train.steps to {step:,} or more")
+        faults.append(f"{settings.run_path}: train.steps: the run would end after {total:,} steps, and the checkpoint "
+                      f"is at step {step:,}; the end must not lie before it; set train.steps to {step:,} or more")
     return faults
 
 

@@ -167,8 +167,8 @@ def _branch_faults(parent: Checkpoint, settings: Settings) -> list[str]:
         if change.verdict != "forbidden" or not change.field.startswith(("model.", "data.", "train.")):
             continue
         faults.append(f"{settings.run_path}: {change.field}: is {show(change.new)}, and {show(change.old)} in the "
-                      f"checkpoint {parent.directory}; a branch goes on with the same model and at the same place of the "
-                      f"same data: {change.why}; copy it from the checkpoint's run")
+                      f"checkpoint {parent.directory}; a branch goes on with the same model and at the same place of "
+                      f"the same data: {change.why}; copy it from the checkpoint's run")
     if settings.run.total_steps <= parent.step:
         faults.append(f"{settings.run_path}: train.steps: {settings.run.total_steps}, and the checkpoint is at step "
                       f"{parent.step}; the horizon counts from the first step of the parent; set a larger one")

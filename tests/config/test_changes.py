@@ -34,7 +34,8 @@ def test_the_table_names_keys_that_are_there_and_each_once():
     named = [key for _, _, keys in _TABLE for key in keys.split()]
     sections = {key.removesuffix(".*") for key in named if key.endswith(".*")}
     assert len(named) == len(set(named))
-    assert set(named) - {f"{name}.*" for name in sections} - set(CONTENT_KEYS) <= values(RunFile) | values(DeepSpeedProfile)
+    keys = set(named) - {f"{name}.*" for name in sections} - set(CONTENT_KEYS)
+    assert keys <= values(RunFile) | values(DeepSpeedProfile)
     # A section is free as a whole only where no key of it can ever touch the curve.
     assert sections == {"evaluation", "log", "energy", "checkpoint", "watchdog"}
 
@@ -51,7 +52,8 @@ def changes(folder, overrides=(), profile=None, allow=(), start=(), start_profil
 
 
 RUN_CHANGES = {
-    "allowed": ["run.dir=moved", "log.every_steps=3", "log.wandb=offline", "log.wandb_project=p", "energy.enabled=false",
+    "allowed": ["run.dir=moved", "log.every_steps=3", "log.wandb=offline", "log.wandb_project=p",
+                "energy.enabled=false",
                 "energy.country_iso_code=PRT", "energy.measure_power_s=5.0", "checkpoint.every_steps=7",
                 "checkpoint.keep_last=9", "checkpoint.keep_every_steps=20"],
     "confirm": ["train.steps=200", "train.tokens_per_step=1024", "train.gradient_clipping=1.0", "optimizer.lr=2e-3",
@@ -91,7 +93,8 @@ def test_a_changed_key_of_the_run_file(tmp_path, verdict, override):
     """One row with both values; refused unless allowed, and the flag helps exactly where confirming is the rule."""
     key = override.partition("=")[0]
     (change,), now = changes(tmp_path, [override])
-    assert (change.field, change.verdict, change.refused) == (key, verdict, verdict != "allowed") and change.old != change.new
+    assert (change.field, change.verdict, change.refused) == (key, verdict, verdict != "allowed")
+    assert change.old != change.new
     (confirmed,), _ = changes(tmp_path, [override], allow=[key])
     assert confirmed.refused is (verdict == "forbidden")
     (by_section,), _ = changes(tmp_path, [override], allow=[key.partition(".")[0]])
@@ -114,8 +117,8 @@ def test_a_changed_key_of_the_deepspeed_json(tmp_path, verdict, key, now, start)
 
 
 def test_enough_fields_are_tried():
-    tried = {o.partition("=")[0] for overrides in RUN_CHANGES.values() for o in overrides} | {row[1] for row in PROFILE_CHANGES}
-    assert len(tried) >= 50
+    tried = {o.partition("=")[0] for overrides in RUN_CHANGES.values() for o in overrides}
+    assert len(tried | {row[1] for row in PROFILE_CHANGES}) >= 50
 
 
 def test_fp16_for_bf16_is_two_rows_and_its_scale_none(tmp_path):
@@ -144,7 +147,8 @@ def test_the_same_said_otherwise_is_allowed(tmp_path, start, now):
 
 def test_another_length_in_tokens_is_no_other_word_for_the_same(tmp_path):
     found, _ = changes(tmp_path, ["train.steps=none", "train.tokens=102400"])
-    assert {(change.field, change.verdict) for change in found} == {("train.steps", "confirm"), ("train.tokens", "confirm")}
+    told = [(change.field, change.verdict) for change in found]
+    assert told == [("train.steps", "confirm"), ("train.tokens", "confirm")]
 
 
 @pytest.mark.parametrize(("length", "refused"), [
@@ -222,7 +226,8 @@ def test_what_a_newer_release_wrote_is_not_dropped(tmp_path):
     ("zzz", "e.g. optimizer.lr or optimizer"), ("optimizer.lr=3", "did you mean 'optimizer.lr'"),
     ("model.hidden_size", "may not change within a run; .*this shape.*; remove the flag"),
     ("model", "may not change within a run"), ("run.seed", "order of the data"), ("data", "may not change"),
-    ("data.sources[0].weight", "may not change"), ("data.tokenizer", "other pieces"), ("train.sequence_length", "of this length"),
+    ("data.sources[0].weight", "may not change"), ("data.tokenizer", "other pieces"),
+    ("train.sequence_length", "of this length"),
 ])
 def test_a_flag_that_cannot_help_is_refused(tmp_path, name, message):
     """With the other faults, before anything is opened."""
