@@ -214,6 +214,12 @@ def test_loading_is_quick_and_needs_no_torch():
     assert min(times) <= 0.5, times
 
 
+def test_another_kind_of_file_is_not_explained_to_its_end(tmp_path):
+    """Thousands of wrong keys: two thousand are named, and no rule is applied to the rest."""
+    faults = faults_of(tmp_path, text="".join(f"step{number} = 1\n" for number in range(3_000)))
+    assert len(faults) < 2_020 and "..: are more keys that are wrong; must be those of the schema; " in faults[-1]
+
+
 @pytest.mark.parametrize("section", ["bf16", "fp16", "data_types", "parallel"])
 def test_a_section_that_is_null_is_no_section(tmp_path, section):
     """Alone, and beside a fault of another key, when the settings are built from what is right."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -133,8 +134,8 @@ FOUND = {
     "a million wrong sizes": ("manifest", MANIFEST % (b"{}", b"[" + b'"",' * 1_000_000 + b'""]')),
     "a million sources": ("dataset manifest", DATASET % (b"[" + b"0," * 1_000_000 + b"0]")),
     "half a million empty sources": ("dataset manifest", DATASET % (b"[" + b"[]," * 500_000 + b"[]]")),
-    "200,000 unknown keys of a dataset": ("dataset manifest", DATASET.replace(
-        b'"sources"', b",".join(b'"%d":0' % i for i in range(200_000)) + b',"sources"') % b"[]"),
+    "600,000 unknown keys of a dataset": ("dataset manifest", DATASET.replace(
+        b'"sources"', b",".join(b'"%d":0' % i for i in range(600_000)) + b',"sources"') % b"[]"),
     "20,000 unknown settings": ("run file", b"".join(b"step%d=1\n" % i for i in range(20_000))),
     "20,000 unknown keys": ("profile", PROFILE[:-1].encode() + b"".join(b',"k%d":0' % i for i in range(20_000)) + b"}"),
     "a list of 50,000": ("run file", RUN.encode() + b"[evaluation]\nprefixes=[" + b"0," * 50_000 + b"]"),
@@ -148,6 +149,14 @@ def test_what_was_found(prepared, what):
     name, payload = FOUND[what]
     accepted = check(TARGETS[name], payload, prepared(name)[0], most_seconds=10)
     assert accepted == (name == "metrics")
+
+
+@pytest.mark.parametrize("pieces", [1, 2], ids=["read", "said by the library"])
+def test_pieces_that_are_no_text(prepared, pieces):
+    """Bytes that are no UTF-8, in a piece; and twice the same, which the library says with these bytes."""
+    folder, seeds = prepared("tokenizer")
+    broken, count = re.subn(rb"(?<=\n\x04)[a-z]{4}(?=\x15)", b"\xbc\xbc\xbc\xbc", seeds[0], count=pieces)
+    assert count == pieces and not check(TARGETS["tokenizer"], broken, folder)
 
 
 def complain(payload, folder):
