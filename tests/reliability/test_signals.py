@@ -77,7 +77,7 @@ def disturb(folder, data, profile, draw, section, target):
     send(job, target, draw.choice(SIGNALS))
     for _ in range(draw.choice((0, 0, 0, 1, 2))):
         time.sleep(draw.uniform(0, 0.3))
-        send(job, draw.choice(TARGETS), draw.choice(SIGNALS))
+        send(job, target, draw.choice(SIGNALS))
     job.wait()
     assert time.monotonic() - sent < patient(12), job.log  # what is left of the start, a step and a save, on a busy machine
     assert not job.wait_for_orphans(1), job.log
