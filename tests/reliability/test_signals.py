@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import time
-from itertools import cycle
+from itertools import cycle, islice
 
 import pytest
 from forked_job import TENSOR_DATA, ForkedJob, curve, digest, finished, patient
@@ -21,6 +21,7 @@ from planted_fault import SECTIONS, SLOW_S
 from tiny_session import write_data
 
 pytestmark = pytest.mark.slow
+TARGETS = ("all", "last", "launcher", "first")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 DATA = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}
 PROFILES = {"data": DATA, "tensor": TENSOR_DATA}
@@ -44,12 +45,12 @@ def steps_seen(folder):
     return max((step for step, _ in curve(folder)), default=0)
 
 
-def send(job, draw, number):
+def send(job, target, number):
     """Send a signal to one rank, to all processes as a terminal does, or to the launcher."""
     with contextlib.suppress(ProcessLookupError):
-        match draw.choice(("rank", "all", "launcher")):
-            case "rank":
-                os.kill(draw.choice(job.pids()), number)
+        match target:
+            case "first" | "last":
+                os.kill(job.pids()[0 if target == "first" else -1], number)
             case "all":
                 if number == signal.SIGUSR1:  # as Slurm gives it: to the ranks
                     for pid in job.pids():
@@ -60,7 +61,7 @@ def send(job, draw, number):
                 os.kill(job.process.pid if number != signal.SIGUSR1 else job.pids()[0], number)
 
 
-def disturb(folder, data, profile, draw, section):
+def disturb(folder, data, profile, draw, section, target):
     """Start once, ask to stop at a random moment, maybe more than once; return the ranks' exit codes."""
     fault = () if section == "any" else (section, str(draw.randrange(2)), "slow")
     job = ForkedJob(folder, data, 2, profile, fault)
@@ -73,10 +74,10 @@ def disturb(folder, data, profile, draw, section):
         time.sleep(draw.uniform(0, SLOW_S))
     before = steps_seen(folder)
     sent = time.monotonic()
-    send(job, draw, draw.choice(SIGNALS))
+    send(job, target, draw.choice(SIGNALS))
     for _ in range(draw.choice((0, 0, 0, 1, 2))):
         time.sleep(draw.uniform(0, 0.3))
-        send(job, draw, draw.choice(SIGNALS))
+        send(job, target, draw.choice(SIGNALS))
     job.wait()
     assert time.monotonic() - sent < patient(12), job.log  # what is left of the start, a step and a save, on a busy machine
     assert not job.wait_for_orphans(1), job.log
@@ -90,17 +91,16 @@ def disturb(folder, data, profile, draw, section):
 @pytest.mark.parametrize(("seed", "signals"), [
     (0, 4), *(pytest.param(seed, 10, marks=pytest.mark.long) for seed in range(1, 6))])
 def test_signals_at_random_moments(data, tmp_path, undisturbed, seed, signals):
-    """Under both layouts; sections take their turns and are slowed down, so that all are hit."""
+    """Under both layouts; sections, which are slowed down, and targets take their turns, so that all are hit."""
     profile, expected = undisturbed
-    draw, turns, sent, folder = random.Random(seed), cycle((*SECTIONS, "any")), 0, None
-    for _ in range(seed % 7):
-        next(turns)
+    draw, sent, folder = random.Random(seed), 0, None
+    turns = islice(zip(cycle((*SECTIONS, "any")), cycle(TARGETS)), 10 * seed, None)  # 7 and 4: every pair in 28
     while sent < signals or folder is not None:
         if folder is None:
             folder = tmp_path / str(sent)
             folder.mkdir()
         if sent < signals:
-            codes = disturb(folder, data, profile, draw, next(turns))
+            codes = disturb(folder, data, profile, draw, *next(turns))
             sent += codes != [0, 0]
         else:
             codes = finished(folder, data, 2, profile) and [0, 0]
