@@ -104,7 +104,7 @@ def test_the_long_form_is_a_million():
     assert sum(INPUTS.get(name, INPUTS_EACH) for name in TARGETS) >= 1_000_000
 
 
-# --- what was found: each once raised something else, or took gigabytes or minutes ---
+# --- what was found, most of it here: each once raised something else, or took gigabytes or minutes ---
 
 DEEP = b"a." * 2000 + b"a = 1"
 MANIFEST = b'{"format":"megatron_ttl checkpoint","version":1,"step":3,"files":%s,"groups":{"g":{"t":{"dtype":"F32","shape":%s}}}}'
@@ -115,6 +115,7 @@ FOUND = {
     "line break in a dataset's key": ("dataset manifest", DATASET.replace(b'"sources"', b'"\\n"') % b"[]"),
     "line separator in a tensor's dtype": ("tensors", b'\x40\0\0\0\0\0\0\0{"a":{"dtype":"\xe2\x80\xa8","shape":[2],'
                                            b'"data_offsets":[0,8]}}'.ljust(80)),
+    "an index without boundaries": ("index", b"MMIDIDX\0\0" + b"\1" + bytes(7) + b"\4" + bytes(16)),
     "no weights": ("model weights", b""),
     "settings without run": ("run settings", b"{}"), "settings null": ("run settings", b"null"),
     "settings of lists": ("run settings", b'{"run": [1]}'), "settings deep": ("run settings", b"[" * 5000),
