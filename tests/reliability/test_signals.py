@@ -173,8 +173,9 @@ def test_launchers_pass_it_on(repository, data, tmp_path, name, number, whole_gr
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
     code = job.wait()
+    # SIGTERM ends `deepspeed` itself and nothing else; the ranks see that it is gone.
+    assert not job.wait_for_orphans(10), job.log
     assert code not in (0, 2) and "stopped at step" in job.log, (code, job.log)
-    assert not job.wait_for_orphans(3)
     print(f"{name} {number.name}: {code}")
     assert LauncherJob(repository, tmp_path / "job", data, launcher(name), DATA).wait() == 0
     assert digest(tmp_path / "job") == digest(tmp_path / "reference")
