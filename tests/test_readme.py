@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from tiny_folder import documents
 
+from megatron_ttl.runtime import free_port
+
 pytestmark = pytest.mark.slow
 
 
@@ -46,7 +48,7 @@ def test_the_walk_works(repository, folder):
     """From the sample corpus to generated text; the run learns."""
     walk = [line for line in commands(repository, "A walk on a CPU") if not line.startswith("source ")]
     assert [shlex.split(line)[0] for line in walk].count("deepspeed") == 1
-    outputs = {line: run(line.replace("--num_gpus 1", "--num_gpus 1 --master_port 29547"), folder) for line in walk}
+    outputs = {line: run(line.replace("--num_gpus 1", f"--num_gpus 1 --master_port {free_port()}"), folder) for line in walk}
     rows = [json.loads(line) for line in (folder / "runs/debug/metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["event"] == "train"]
     assert losses[0] > 7 and losses[-1] < 5.5
@@ -59,8 +61,8 @@ def test_the_same_numbers_from_every_launcher(repository, folder):
     """plain python, torchrun and deepspeed: the same losses, digit for digit."""
     options = ("pretrain_ttl.py --deepspeed_config configs/cpu.json --config configs/debug.toml train.steps=5 "
                "schedule.decay_steps=2 schedule.warmup_steps=2 log.every_steps=1 evaluation.max_tokens=512")
-    launchers = {"python": "python", "torchrun": "torchrun --master_port 29548 --nproc_per_node 1",
-                 "deepspeed": "deepspeed --num_gpus 1 --master_port 29549"}
+    launchers = {"python": "python", "torchrun": f"torchrun --master_port {free_port()} --nproc_per_node 1",
+                 "deepspeed": f"deepspeed --num_gpus 1 --master_port {free_port()}"}
     losses = {}
     for name, launcher in launchers.items():
         run(f"{launcher} {options} run.dir=runs/{name}", folder)

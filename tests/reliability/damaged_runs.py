@@ -63,13 +63,15 @@ class Place:
 def synthetic(folder: Path, processes: int, rows: int) -> Place:
     """Save two steps as a number of processes does together; `rows` of 256 bytes a group."""
     folder.mkdir(parents=True)
+    place = _place(folder, folder / "data", [])
+    settings = place.settings.run.model_dump(mode="json")
     for count, run in ((processes, "run"), (3 - processes, "other")):
         for step in (OLDER, NEWEST):
             saved = on_all(count, lambda peers, run=run, step=step: CheckpointStore(folder / run / "checkpoints").save(
-                step, _state(step, rows, peers), {"step": step, "note": "épocas"}, peers))
+                step, _state(step, rows, peers), {"step": step, "consumed_samples": 8 * step, "run": settings,
+                                                  "consumed_tokens": 256 * step, "note": "épocas"}, peers))
             assert all(found.written for found in saved), saved
-    place = _place(folder, folder / "data", [])
-    write_json(place.run / "settings.json", {"run": place.settings.run.model_dump(mode="json")})
+    write_json(place.run / "settings.json", {"run": settings})
     return place
 
 

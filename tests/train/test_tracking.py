@@ -62,7 +62,8 @@ def test_rows_arrive_in_order_and_the_run_is_finished(capsys):
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_missing_package_is_one_warning(tmp_path, capsys, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, name, None)
+    for module in (name, *(found for found in list(sys.modules) if found.startswith(f"{name}."))):
+        monkeypatch.setitem(sys.modules, module, None)
     mirrors = Mirrors(OFFLINE if name == "wandb" else LogConfig(tensorboard=True), tmp_path, {})
     for step in range(3):
         mirrors.log({"loss": 1.0}, step)
