@@ -174,7 +174,7 @@ def test_settings_that_say_nothing_or_something_else(case):
             with pytest.raises((CheckpointError, ConfigError)) as caught:
                 place.folder().starting_point()
             for fault in caught.value.faults:
-                assert str(path) in fault or "when this run began" in fault, (what, fault)
+                assert str(path) in fault or "in the run so far, is now" in fault, (what, fault)
                 assert re.fullmatch(r".+: .+; .+; .+", fault), (what, fault)
         for way in (os.unlink, lambda path: (path.unlink(), path.mkdir()), lambda path: (path.unlink(), os.mkfifo(path))):
             remove(path)
