@@ -200,5 +200,6 @@ def test_sigterm_ends_a_process_that_waits_for_others(repository, place):
     time.sleep(12)  # torch and DeepSpeed are imported
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    finish(process)
+    printed, code = finish(process)
     assert time.monotonic() - began < 5
+    assert code == 85 and "SIGTERM: stopped before the processes met; there is nothing to keep" in printed
