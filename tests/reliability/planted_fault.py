@@ -52,8 +52,11 @@ def fail(kind: str, told: Path) -> None:
             bytearray(1 << 34)
         case "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(3600)  # woken up it has still not moved
         case "gil":
-            ctypes.PyDLL(None).sleep(3600)
+            lock = ctypes.create_string_buffer(64)  # two calls that keep the interpreter; no signal ends the second
+            ctypes.PyDLL(None).pthread_mutex_lock(lock)
+            ctypes.PyDLL(None).pthread_mutex_lock(lock)
         case "fifo":
             os.mkfifo(fifo := told.with_suffix(".fifo"))
             fifo.read_bytes()
