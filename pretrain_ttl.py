@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="machine profile (configs/cpu.json)")
     parser.add_argument("--config", default=DEFAULT_CONFIG, metavar="TOML", help="run file (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="report every fault and the plan; touch no device")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: processes to plan for (default: 1)")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: processes to plan for")
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run file, in TOML")
