@@ -89,7 +89,8 @@ def test_an_owner_that_has_not_written_yet_is_waited_for(tmp_path):
     path = tmp_path / "run.lock"
     path.write_text(f"host {socket.gethostname()}, pid 2147483646, since 2020-01-01 00:00:00\n")
     code = ("import fcntl, sys, time; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX);"
-            "print('', flush=True); time.sleep(0.3); f.write('host h, pid 1, since now\\n'); f.truncate(); f.flush(); time.sleep(600)")
+            "print('', flush=True); time.sleep(0.3); f.write('host h, pid 1, since now\\n');"
+            "f.truncate(); f.flush(); time.sleep(600)")
     with running([sys.executable, "-c", code, str(path)]) as owner:
         owner.stdout.readline()
         with pytest.raises(ConfigError, match="in use by host h, pid 1, since now; a run folder"):
