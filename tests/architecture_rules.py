@@ -41,7 +41,8 @@ DOORS = {
     "megatron": (),  # megatron-core is an oracle of the tests
     "mpi4py": ("megatron_ttl/runtime.py",),
 }
-LAZY = {"wandb", "tensorboard", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py"}  # inside the function that needs them
+# Inside the function that needs them.
+LAZY = {"wandb", "tensorboard", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py"}
 WITHOUT_TORCH = ("megatron_ttl/config/", "megatron_ttl/errors.py", "megatron_ttl/files.py",
                  "megatron_ttl/console.py", "megatron_ttl/model/flops.py", "megatron_ttl/parallel/plan.py",
                  "megatron_ttl/plan/", "megatron_ttl/train/run_lock.py")

@@ -43,7 +43,7 @@ class RunLock:
         self._handle: IO[bytes] | None = None
 
     def take_early(self, run_config: str, overrides: Iterable[str]) -> None:
-        """Take the folder that unchecked settings name if there is a lock in it; nothing is made, for they may be wrong.
+        """Take the folder that unchecked settings name if it has a lock; nothing is made, for they may be wrong.
 
         Reading run.dir takes a tenth of the time of the check, and a second run in a folder may leave so much earlier.
 

@@ -43,11 +43,12 @@ class Remote(Protocol):
 class Mirror:
     """Send rows to one remote in the background; every failure is one warning, and silence after it.
 
-    `abandon` is called after a failure, and at the end when there is no answer: whatever the library would still wait for
-    when the process ends, it lets go of.
+    `abandon` is called after a failure, and at the end when there is no answer: whatever the library would still wait
+    for when the process ends, it lets go of.
     """
 
-    def __init__(self, name: str, open_remote: Callable[[], Remote], abandon: Callable[[], object] | None = None) -> None:
+    def __init__(self, name: str, open_remote: Callable[[], Remote],
+                 abandon: Callable[[], object] | None = None) -> None:
         self._name, self._abandon = name, abandon
         self._handed_over = self._arrived = 0
         self._failed = self._warned = self._ended = False
@@ -122,7 +123,8 @@ class Mirrors:
     same curves.
     """
 
-    def __init__(self, log: LogConfig, run_dir: Path, settings: dict[str, Any], wandb_run_id: str | None = None) -> None:
+    def __init__(self, log: LogConfig, run_dir: Path, settings: dict[str, Any],
+                 wandb_run_id: str | None = None) -> None:
         self.wandb_run_id: str | None = None
         self._mirrors: list[Mirror] = []
         if log.wandb != "disabled":
@@ -182,8 +184,8 @@ def tear_down_wandb() -> None:
 class TensorBoardFile:
     """An event file in a folder that `tensorboard --logdir` shows.
 
-    Written with tensorboard's record writer. Its `EventFileWriter`, which torch's `SummaryWriter` uses too, has a thread
-    of its own that prints a traceback when the disk is full, and loads TensorFlow where that is installed.
+    Written with tensorboard's record writer. Its `EventFileWriter`, which torch's `SummaryWriter` uses too, has a
+    thread of its own that prints a traceback when the disk is full, and loads TensorFlow where that is installed.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -23,7 +23,8 @@ from megatron_ttl.runtime import free_port
 from megatron_ttl.train import run_lock
 from megatron_ttl.train.run_lock import RunLock
 
-IN_USE = r"run.dir: '.*' is in use by host \S+, pid {pid}(, Slurm job \d+)?, since .*; a run folder has one run at a time"
+IN_USE = (r"run.dir: '.*' is in use by host \S+, pid {pid}(, Slurm job \d+)?, since .*; "
+          "a run folder has one run at a time")
 
 
 def lock_text(run_dir):
@@ -44,8 +45,8 @@ def running(words, **settings):
 @contextmanager
 def hold(run_dir, **environment):
     """Start a process that takes the folder and keeps it; go on once it has."""
-    code = ("import sys, time; from megatron_ttl.train.run_lock import RunLock; lock = RunLock(); lock.take(sys.argv[1]);"
-            "print('taken', flush=True); time.sleep(600)")
+    code = ("import sys, time; from megatron_ttl.train.run_lock import RunLock; lock = RunLock();"
+            "lock.take(sys.argv[1]); print('taken', flush=True); time.sleep(600)")
     root = Path(run_lock.__file__).parents[2]
     with running([sys.executable, "-c", code, str(run_dir)], cwd=root, env={**os.environ, **environment}) as process:
         assert process.stdout.readline() == "taken\n"
@@ -71,7 +72,8 @@ def test_a_killed_owner_leaves_no_lock(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "host {here}, pid 2147483646, since 2020-01-01 00:00:00\n",
-                                  "host elsewhere, pid 1, Slurm job 7, since 2020-01-01 00:00:00\n", "\0\x1b[31m\xff" * 99])
+                                  "host elsewhere, pid 1, Slurm job 7, since 2020-01-01 00:00:00\n",
+                                  "\0\x1b[31m\xff" * 99])
 def test_the_text_of_a_file_that_nobody_holds_means_nothing(tmp_path, text):
     """A dead process, another machine, rubbish: taken and overwritten at once."""
     (tmp_path / "run.lock").write_bytes(text.format(here=socket.gethostname()).encode("latin-1"))
@@ -86,8 +88,9 @@ def test_an_owner_that_has_not_written_yet_is_waited_for(tmp_path):
     """Between its taking the lock and its writing the text of a dead owner would be read."""
     path = tmp_path / "run.lock"
     path.write_text(f"host {socket.gethostname()}, pid 2147483646, since 2020-01-01 00:00:00\n")
-    code = ("import fcntl, sys, time; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX); print('', flush=True);"
-            "time.sleep(0.3); f.write('host h, pid 1, since now\\n'); f.truncate(); f.flush(); time.sleep(600)")
+    code = ("import fcntl, sys, time; f = open(sys.argv[1], 'r+'); fcntl.flock(f, fcntl.LOCK_EX);"
+            "print('', flush=True); time.sleep(0.3); f.write('host h, pid 1, since now\\n');"
+            "f.truncate(); f.flush(); time.sleep(600)")
     with running([sys.executable, "-c", code, str(path)]) as owner:
         owner.stdout.readline()
         with pytest.raises(ConfigError, match="in use by host h, pid 1, since now; a run folder"):
@@ -209,8 +212,9 @@ def test_simultaneous_starts_have_one_winner(repository, place, tmp_path, starts
     try:
         for number in range(starts):
             with open(tmp_path / f"said-{number}", "w") as said:
-                processes.append((time.monotonic(), subprocess.Popen(words, cwd=repository, env=environment(), stderr=said,
-                                                                     stdout=subprocess.DEVNULL)))
+                began = time.monotonic()
+                processes.append((began, subprocess.Popen(words, cwd=repository, env=environment(), stderr=said,
+                                                          stdout=subprocess.DEVNULL)))
         while len(ends) < starts - 1 and time.monotonic() - processes[0][0] < 120:
             for number, (began, process) in enumerate(processes):
                 if number not in ends and process.poll() is not None:
@@ -326,7 +330,8 @@ def test_two_jobs_on_one_machine_do_not_meet(repository, tmp_path, name, times):
     script.write_text(MEET)
     for _ in range(times):
         jobs = [subprocess.Popen([*launcher(name), str(script)], cwd=repository, stdout=subprocess.PIPE, text=True,
-                                 env=environment(PYTHONPATH=str(repository)), stderr=subprocess.STDOUT) for _ in range(2)]
+                                 env=environment(PYTHONPATH=str(repository)), stderr=subprocess.STDOUT)
+                for _ in range(2)]
         for job in jobs:
             said, _ = job.communicate(timeout=300)
             assert job.returncode == 0, said
