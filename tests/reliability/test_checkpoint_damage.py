@@ -231,7 +231,7 @@ def test_the_command_with_nothing_whole(repository, tmp_path):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """A real run of one process."""
-    return trained(tmp_path_factory.mktemp("real"), 1, hidden_size=32)
+    return trained(tmp_path_factory.mktemp("real") / "place", 1, hidden_size=32)
 
 
 @pytest.mark.long
