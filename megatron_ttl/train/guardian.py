@@ -11,6 +11,7 @@ A beat is a line `<section> <seconds it may take, 0 without end> <what it does>`
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
 def end(process: int, beats: int, requests: int, stacks: int, path: str) -> None:
     """Keep the stacks, ask the process to leave with the status of a hang, and kill it if it does not."""
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGUSR2)  # faulthandler writes them, whoever holds the interpreter's lock
+        _ask_for_stacks(process)
         _gone(beats, _OTHERS_S)
         with contextlib.suppress(OSError):
             os.write(requests, b"q")
@@ -59,6 +60,17 @@ def end(process: int, beats: int, requests: int, stacks: int, path: str) -> None
         if not _gone(beats, _LEAVE_S):
             os.kill(process, signal.SIGKILL)
     _keep(stacks, path)
+
+
+def _ask_for_stacks(process: int) -> None:
+    """Let faulthandler write them, whoever holds the interpreter's lock.
+
+    Told to the main thread, which then writes before it does anything else when a stopped process goes on; told to the
+    process, it could be any thread, and the main one would be further by then.
+    """
+    tell = getattr(ctypes.CDLL(None), "tgkill", None)
+    if tell is None or tell(process, process, signal.SIGUSR2):
+        os.kill(process, signal.SIGUSR2)
 
 
 def _gone(beats: int, seconds: float) -> bool:
