@@ -19,7 +19,8 @@ from megatron_ttl.checkpoint.store import CheckpointStore
 SAID = ("raise", "memory")  # a Python error; the others die without a word
 SHORT = [("start", "exit", 1), ("met", "kill", 2), ("data", "raise", 3), ("step", "abort", 0), ("save", "exit", 2),
          ("evaluate", "kill", 1)]
-FORKED = [(section, kind, rank) for section in SECTIONS for kind in ("kill", "raise", "exit", "abort") for rank in range(4)]
+FORKED = [(section, kind, rank) for section in SECTIONS for kind in ("kill", "raise", "exit", "abort")
+          for rank in range(4) if kind != "abort" or rank == 0]
 LAUNCHERS = [("deepspeed", "step", "kill", 0), ("deepspeed", "save", "raise", 1), ("deepspeed", "start", "exit", 1),
              ("deepspeed", "met", "segfault", 0), ("mpirun", "step", "kill", 1), ("mpirun", "save", "segfault", 0),
              ("mpirun", "start", "kill", 1), ("mpirun", "data", "memory", 0)]

@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import time
+from itertools import count
 
 import pytest
 from forked_job import TENSOR_DATA, TENSOR_PIPELINE, ForkedJob, curve, digest, patient, shared_memory
@@ -64,9 +65,9 @@ def kill(job, draw, moment):
 def test_kills_at_random_moments(data, tmp_path, unkilled, seed, kills):
     """Under both layouts."""
     profile, expected, whole_s = unkilled
-    draw, before, done, folder = random.Random(seed), shared_memory(), 0, None
+    draw, names, before, done, folder = random.Random(seed), count(), shared_memory(), 0, None
     while done < kills or folder is not None:
-        folder = folder or tmp_path / str(done)
+        folder = folder or tmp_path / str(next(names))
         job = ForkedJob(folder, data, 4, profile, overrides=OFTEN)
         if done < kills:
             done += kill(job, draw, draw.uniform(0, whole_s))

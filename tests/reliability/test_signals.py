@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import time
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 
 import pytest
 from forked_job import TENSOR_DATA, ForkedJob, curve, digest, finished, patient
@@ -93,11 +93,11 @@ def disturb(folder, data, profile, draw, section, target):
 def test_signals_at_random_moments(data, tmp_path, undisturbed, seed, signals):
     """Under both layouts; sections, which are slowed down, and targets take their turns, so that all are hit."""
     profile, expected = undisturbed
-    draw, sent, folder = random.Random(seed), 0, None
+    draw, names, sent, folder = random.Random(seed), count(), 0, None
     turns = islice(zip(cycle((*SECTIONS, "any")), cycle(TARGETS)), 10 * seed, None)  # 7 and 4: every pair in 28
     while sent < signals or folder is not None:
         if folder is None:
-            folder = tmp_path / str(sent)
+            folder = tmp_path / str(next(names))
             folder.mkdir()
         if sent < signals:
             codes = disturb(folder, data, profile, draw, *next(turns))
