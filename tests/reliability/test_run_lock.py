@@ -335,3 +335,19 @@ def test_two_jobs_on_one_machine_do_not_meet(repository, tmp_path, name, times):
         for job in jobs:
             said, _ = job.communicate(timeout=300)
             assert job.returncode == 0, said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of sockets without a file are Linux's")
+def test_a_new_folder_is_taken_by_name_and_nothing_is_made(tmp_path):
+    """Before settings are checked; the name goes with its owner, and is another one for another folder."""
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(f'[run]\ndir = "{tmp_path}/new"\n')
+    with RunLock() as first, RunLock() as second, RunLock() as other:
+        first.take_early(str(run_file), [])
+        other.take_early(str(run_file), [f"run.dir={tmp_path}/other"])
+        RunLock(takes=False).take_early(str(run_file), [])
+        with pytest.raises(ConfigError, match=rf"in use by host \S+, pid {os.getpid()}, since a moment ago; a run folder"):
+            second.take_early(str(run_file), [])
+        assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+        first.release()
+        second.take_early(str(run_file), [])
