@@ -42,6 +42,10 @@ def waiting_for_peers(ranks: Ranks) -> Iterator[None]:
                               "or export MASTER_PORT") from None
         if ranks.world_size == 1:
             raise
+        if is_lost_peer(error):
+            print(f"rank {ranks.rank} of {ranks.world_size} ({describe_process()}) lost another process, which ended before "
+                  "the training began", file=sys.stderr, flush=True)
+            sys.exit(int(ExitCode.FAILED))
         _tell(ranks.rank, ranks.world_size, error)
         sys.exit(int(ExitCode.FAILED))
 

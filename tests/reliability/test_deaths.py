@@ -53,7 +53,7 @@ def check(job, section, kind, victim, processes, root_cause, slack_s=0):
     assert code not in (0, 85), log
     assert took < patient(5 + slack_s), f"{took:.1f} s\n{log}"
     assert not job.wait_for_orphans(2), log
-    if kind in SAID:
+    if kind in SAID and not (kind == "memory" and "ABORT" in log):  # the C library may want memory first, and gives up
         assert log.count("failed:\nTraceback") == 1 == log.count(f"rank {victim} of {processes} (host"), log
         # Without memory torch may be the first to miss it.
         assert re.search("ZeroDivisionError: planted" if kind == "raise" else "MemoryError|Cannot allocate memory", log)
