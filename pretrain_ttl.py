@@ -36,13 +36,14 @@ def main(argv: list[str] | None = None) -> int:
         stop = StopRequest(ranks.is_first, waits_for_peers=ranks.world_size > 1, to_the_end=__name__ == "__main__")
         with RunLock(takes=ranks.is_first) as lock, stop:
             stop_with_launcher()
+            # Before anything is refused: mpirun may hang if a process leaves while another one starts MPI.
+            ranks = find_meeting_place(ranks)
             lock.take_early(arguments.config, arguments.overrides)
             from megatron_ttl.config.load import load_settings
             settings = load_settings(*files, arguments.allow_change, arguments.skip_steps)
             lock.take(settings.run.run.dir)
             if ranks.is_first and arguments.config == DEFAULT_CONFIG:
                 print(f"run file: {DEFAULT_CONFIG} (the default; --config chooses another)")
-            ranks = find_meeting_place(ranks)
             from megatron_ttl.train.loop import pretrain
             code = int(pretrain(settings, ranks, stop, lock))
         if ranks.world_size > 1:

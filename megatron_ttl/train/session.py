@@ -224,8 +224,8 @@ def _introduce(session: Session, checkpoint: Checkpoint | None) -> None:
     session.say("; ".join(f"{len(group['names'])} tensors with weight decay {group['weight_decay']}"
                           for group in session.engine.decay_groups)
                 + f"; {sum(dataset.remainder_tokens):,} tokens of the data left over by whole sequences")
-    needed = session.folder.store.bytes_needed(outline(session.engine.deepspeed, run.model, session.mesh),
-                                                              session.record(), session.mesh)
+    pieces = outline(session.engine.deepspeed, run.model, session.mesh)
+    needed = session.folder.store.bytes_needed(pieces, session.record(), session.mesh)
     session.say(f"a checkpoint needs {human_bytes(needed)}, {human_bytes(free_bytes(session.folder.path))} are free")
     if session.state.step:
         session.metrics.row({"event": "resume", "step": session.state.step, "tokens": session.state.consumed_tokens})

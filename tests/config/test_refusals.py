@@ -6,41 +6,13 @@ import json
 import re
 
 import pytest
+from small_settings import PROFILE, RUN
 
 from megatron_ttl.config.deepspeed import DeepSpeedProfile
 from megatron_ttl.config.describe import leaf_keys
 from megatron_ttl.config.load import load_settings
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.errors import ConfigError
-
-PROFILE = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}
-RUN = """
-[run]
-dir = "runs/x"
-[model]
-hidden_size = 64
-intermediate_size = 128
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-vocab_size = 512
-max_position_embeddings = 128
-[data]
-sources = [{ prefix = "data/pt", weight = 1.0 }]
-[train]
-sequence_length = 64
-tokens_per_step = 512
-steps = 100
-[optimizer]
-lr = 1e-3
-[schedule]
-kind = "cosine"
-warmup_steps = 10
-[checkpoint]
-every_steps = 10
-[energy]
-country_iso_code = "BRA"
-"""
 
 
 def load(folder, profile=None, text=RUN, overrides=()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launcher_environment import environment
 from tiny_session import write_data, write_settings
 
 from megatron_ttl.runtime import free_port
@@ -27,14 +27,6 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launchers")
     write_data(folder / "data")
     return folder
-
-
-def environment(**more):
-    """The tests' own, without what a launcher would take for another's."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_",
-                                                                                   "OMPI_", "PMIX_", "SLURM_"))}
-    folder = Path(sys.executable).parent
-    return kept | {"PATH": f"{folder}{os.pathsep}{kept['PATH']}", "OMP_NUM_THREADS": "1"} | more
 
 
 def start(repository, place, name, launcher, profile=None, script="pretrain_ttl.py", front=(), **more):

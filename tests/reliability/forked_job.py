@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 import planted_fault
+from job_processes import JobProcesses, patient
 from tiny_session import write_settings
 
 import pretrain_ttl
@@ -32,7 +33,7 @@ _STEPS = {"optimizer.lr": "1e-3", "train.steps": 8, "schedule.warmup_steps": 2, 
           "evaluation.every_steps": 4}
 
 
-class ForkedJob:
+class ForkedJob(JobProcesses):
     """One start of a run; every process of it is in one session, by which orphans are found."""
 
     def __init__(self, folder: Path, data: Path, processes: int, profile: dict | None = None,
@@ -105,25 +106,6 @@ class ForkedJob:
                 if int(session) == self.process.pid and state != b"Z":
                     found.append(int(entry.parent.name))
         return found
-
-    def wait_for_orphans(self, timeout_s: float) -> list[int]:
-        """Give what is left some time to end; return whoever did not, and end it."""
-        deadline = time.monotonic() + patient(timeout_s)
-        while (left := self.members()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        self.end()
-        return left
-
-    def end(self) -> None:
-        """Kill what is left of it."""
-        for pid in self.members():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def patient(seconds: float) -> float:
-    """Return a limit of time; where processes queue for a core, time says little of ours, and the limit is wider."""
-    return seconds if os.getloadavg()[0] < (os.cpu_count() or 1) else 8 * seconds
 
 
 def command_line(folder: Path, data: Path, profile: dict | None, fault: tuple[str, ...],

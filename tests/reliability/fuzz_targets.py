@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
+from small_settings import RUN
 from tiny_folder import documents, write_dataset, write_tokenizer
 
 from megatron_ttl.checkpoint.bounded_json import parse_json_object
@@ -47,32 +48,6 @@ MOST_SECONDS = 2.0
 MOST_BYTES = 256 << 20
 _FORM = re.compile(r".+: .+; .+; .+")
 
-RUN = """[run]
-dir = "runs/x"
-[model]
-hidden_size = 64
-intermediate_size = 128
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-vocab_size = 512
-max_position_embeddings = 128
-[data]
-sources = [{ prefix = "data/pt", weight = 1.0 }]
-[train]
-sequence_length = 64
-tokens_per_step = 512
-steps = 100
-[optimizer]
-lr = 1e-3
-[schedule]
-kind = "cosine"
-warmup_steps = 10
-[checkpoint]
-every_steps = 10
-[energy]
-country_iso_code = "BRA"
-"""
 PROFILE = '{"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}'
 FULL_PROFILE = """{"_comment": ["why"], "train_micro_batch_size_per_gpu": 2, "optimizer": "auto",
  "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 500000},

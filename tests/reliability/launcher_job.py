@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from forked_job import command_line, patient
+from forked_job import command_line
+from job_processes import JobProcesses
+from launcher_environment import environment
 
 from megatron_ttl.runtime import free_port
 
-_OTHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC_")
 
 
 def launcher(name: str, processes: int = 2) -> list[str]:
@@ -25,13 +23,7 @@ def launcher(name: str, processes: int = 2) -> list[str]:
             "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(processes), sys.executable]}[name]
 
 
-def environment() -> dict[str, str]:
-    """The tests' own, without what a launcher would take for another's."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(_OTHERS)}
-    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}", "OMP_NUM_THREADS": "1"}
-
-
-class LauncherJob:
+class LauncherJob(JobProcesses):
     """One start of a run; every process of it names the folder on its command line, by which orphans are found."""
 
     def __init__(self, repository: Path, folder: Path, data: Path, command: list[str], profile: dict | None = None,
@@ -66,17 +58,3 @@ class LauncherJob:
                 if f"{self.folder}/" in entry.read_bytes().decode(errors="replace"):
                     found.append(int(entry.parent.name))
         return found
-
-    def wait_for_orphans(self, timeout_s: float) -> list[int]:
-        """Give what is left some time to end; return whoever did not, and end it."""
-        deadline = time.monotonic() + patient(timeout_s)
-        while (left := self.members()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        self.end()
-        return left
-
-    def end(self) -> None:
-        """Kill what is left of it."""
-        for pid in self.members():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)

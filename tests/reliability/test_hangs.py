@@ -6,7 +6,8 @@ import re
 import time
 
 import pytest
-from forked_job import TENSOR_PIPELINE, ForkedJob, patient
+from forked_job import TENSOR_PIPELINE, ForkedJob
+from job_processes import patient
 from planted_fault import HANGS
 from tiny_session import write_data
 

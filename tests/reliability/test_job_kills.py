@@ -15,7 +15,8 @@ import time
 from itertools import count
 
 import pytest
-from forked_job import TENSOR_DATA, TENSOR_PIPELINE, ForkedJob, curve, digest, patient, shared_memory
+from forked_job import TENSOR_DATA, TENSOR_PIPELINE, ForkedJob, curve, digest, shared_memory
+from job_processes import patient
 from launcher_job import LauncherJob, launcher
 from tiny_session import write_data
 

@@ -8,12 +8,15 @@ import time
 
 import pytest
 import torch
+from layout_runs import Case, deepspeed_settings, run_of, steps_of_data
 from tiny_session import train_here, write_data, write_settings
 
 from megatron_ttl.checkpoint.peers import ALONE
+from megatron_ttl.checkpoint.state import capture
 from megatron_ttl.checkpoint.store import CheckpointStore
 from megatron_ttl.testing import run_distributed
 from megatron_ttl.train.anomalies import DivergedError
+from megatron_ttl.train.engine import Engine
 from megatron_ttl.train.saver import Saver
 
 OFTEN = ["checkpoint.every_steps=2", "train.steps=8"]
@@ -45,6 +48,33 @@ def test_the_same_bytes_as_when_the_training_waits(data, tmp_path, processes):
         assert codes == [0] * processes
         sums.append(tensor_sums(tmp_path / behind / "run"))
     assert len(sums[0]) == 12 and sums[0] == sums[1]
+
+
+CAPTURED = [Case(stage=stage) for stage in range(4)] + [Case(stage=2, offload=True), Case(stage=1, precision="bf16")]
+CAPTURED_BY_TWO = [Case(data=2, stage=stage) for stage in range(4)] + [Case(tensor=2), Case(pipeline=2, stage=0)]
+
+
+def changed_by_a_step(mesh, cases):
+    """Return what of a captured state is another after the next step."""
+    found = {}
+    for case in cases:
+        run, cut = run_of(case), mesh.cut(case.tensor, case.pipeline, case.sequence)
+        engine = Engine(run, deepspeed_settings(case), cut)
+        data = steps_of_data(run.model.vocab_size, case.micro_batch, cut.data_parallel_rank, cut.data_parallel_size)
+        engine.train_step(next(data), 1e-2)
+        captured = capture(engine.deepspeed, run.model, cut)
+        before = {(group, name): piece.tensor.clone() for group, named in captured.items() for name, piece in named.items()}
+        engine.train_step(next(data), 1e-2)
+        found[case] = [key for key, tensor in before.items() if not torch.equal(tensor, captured[key[0]][key[1]].tensor)]
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize(("processes", "cases"), [(1, CAPTURED), (2, CAPTURED_BY_TWO)])
+def test_what_is_being_written_does_not_change(processes, cases):
+    """A captured state shares no memory with the engine, under any stage: the next steps run while it is written."""
+    for by_case in run_distributed(changed_by_a_step, processes, cases):
+        assert by_case == {case: [] for case in cases}
 
 
 def on_a_slow_disk(mesh, deepspeed, run, overrides):
