@@ -1,0 +1,1 @@
+"""From raw text to clean documents that one can account for: read, clean, filter, deduplicate, write."""
