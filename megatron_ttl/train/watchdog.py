@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_ttl.train import guardian
 
 _LIMITS = {"set-up": "set_up_s", "step": "step_s", "save": "save_s", "evaluate": "evaluate_s"}
 _CLOSE_WAIT_S = 5.0
+_STACKS_WAIT_S = 1.0  # the guardian kills a second later
 _NOT_FOR_IT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -76,7 +78,7 @@ class Watchdog:
             os.close(received)
             os.close(asked)
         word = f"watchdog: {self._who} hung; its stacks are in {self.stacks_path}"
-        threading.Thread(target=_obey, args=(requests, word), name="watchdog", daemon=True).start()
+        threading.Thread(target=_obey, args=(requests, self._stacks.fileno(), word), name="watchdog", daemon=True).start()
         self.beat()
 
     @contextmanager
@@ -121,9 +123,16 @@ class Watchdog:
         self._stacks.close()
 
 
-def _obey(requests: int, word: str) -> None:
-    """Wait for the guardian's request, and leave at once; the end of the pipe says that there will be none."""
+def _obey(requests: int, stacks: int, word: str) -> None:
+    """Wait for the guardian's request, and leave when the stacks are written; the pipe's end says that none will come.
+
+    In a process that was stopped the main thread writes them at the same moment.
+    """
     if os.read(requests, 1):
         leave_word(word, word)
+        before, until = 0, time.monotonic() + _STACKS_WAIT_S
+        while time.monotonic() < until and (not (size := os.fstat(stacks).st_size) or size != before):
+            before = size
+            time.sleep(0.05)
         os._exit(int(ExitCode.HANG))
     os.close(requests)
