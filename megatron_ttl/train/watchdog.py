@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from megatron_ttl.train import guardian
 
 _LIMITS = {"set-up": "set_up_s", "step": "step_s", "save": "save_s", "evaluate": "evaluate_s"}
 _CLOSE_WAIT_S = 5.0
-_STACKS_WAIT_S = 1.0  # the guardian kills a second later
+_LOOK_US, _LOOKS = 3_000, 200
 _NOT_FOR_IT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -126,13 +126,16 @@ class Watchdog:
 def _obey(requests: int, stacks: int, word: str) -> None:
     """Wait for the guardian's request, and leave when the stacks are written; the pipe's end says that none will come.
 
-    In a process that was stopped the main thread writes them at the same moment.
+    In a process that was stopped the main thread writes them at this moment, from a signal handler that does not need the
+    interpreter's lock. The lock is kept meanwhile, or what was stopped would go on.
     """
+    library = ctypes.PyDLL(None)  # whose calls keep the lock, other than those of `os` and `time`
     if os.read(requests, 1):
         leave_word(word, word)
-        before, until = 0, time.monotonic() + _STACKS_WAIT_S
-        while time.monotonic() < until and (not (size := os.fstat(stacks).st_size) or size != before):
-            before = size
-            time.sleep(0.05)
+        sys.setswitchinterval(1.0)  # seconds until Python itself would give it to another thread
+        before, looks = 0, 0
+        while looks < _LOOKS and (not (size := library.lseek(stacks, 0, os.SEEK_END)) or size != before):
+            before, looks = size, looks + 1
+            library.usleep(_LOOK_US)
         os._exit(int(ExitCode.HANG))
     os.close(requests)
