@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 """The format's names of the dtypes that are written and read here."""
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 _BLOCK_BYTES = 16 << 20
+_BLOCKS_IN_MEMORY = 4
 MAX_HEADER_BYTES = 8 << 20
 """Enough for 60,000 tensors; the library would take 100 MB and need a gigabyte for them."""
 
@@ -59,12 +62,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor],
         OSError: what the disk said.
     """
     digest = xxhash.xxh3_128()
-    with open(path, "xb") as handle:
+    hashing: deque[Future[None]] = deque()
+    # Hashed while the disk works: one after the other it was up to a fifth of the time of a save.
+    with open(path, "xb") as handle, ThreadPoolExecutor(1, thread_name_prefix="checksum") as behind:
         for block in _blocks(tensors, metadata):
+            hashing.append(behind.submit(digest.update, block))
             handle.write(block)
-            digest.update(block)
+            if len(hashing) > _BLOCKS_IN_MEMORY:
+                hashing.popleft().result()
         handle.flush()
         os.fsync(handle.fileno())
+        while hashing:
+            hashing.popleft().result()
     return f"xxh3:{digest.hexdigest()}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,11 @@ def _json_faults(text: str) -> list[tuple[int, int, str]]:
     faults: list[tuple[int, int, str]] = []
     keys: list[dict[str, int]] = []  # of the objects (and arrays: unused) that are open
     previous, previous_at = "", 0
+    line_ends = [-1, *(match.start() for match in re.finditer("\n", text))]
 
     def add(at: int, fault: str) -> None:
-        faults.append((text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at), fault))
+        line = bisect_left(line_ends, at)
+        faults.append((line, at - line_ends[line - 1], fault))
 
     at = 0
     while at < len(text) and (token := _JSON_TOKEN.match(text, at)):

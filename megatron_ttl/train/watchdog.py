@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -22,6 +23,7 @@ from megatron_ttl.train import guardian
 
 _LIMITS = {"set-up": "set_up_s", "step": "step_s", "save": "save_s", "evaluate": "evaluate_s"}
 _CLOSE_WAIT_S = 5.0
+_LOOK_US, _LOOKS = 3_000, 200
 _NOT_FOR_IT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -76,7 +78,7 @@ class Watchdog:
             os.close(received)
             os.close(asked)
         word = f"watchdog: {self._who} hung; its stacks are in {self.stacks_path}"
-        threading.Thread(target=_obey, args=(requests, word), name="watchdog", daemon=True).start()
+        threading.Thread(target=_obey, args=(requests, self._stacks.fileno(), word), name="watchdog", daemon=True).start()
         self.beat()
 
     @contextmanager
@@ -121,9 +123,19 @@ class Watchdog:
         self._stacks.close()
 
 
-def _obey(requests: int, word: str) -> None:
-    """Wait for the guardian's request, and leave at once; the end of the pipe says that there will be none."""
+def _obey(requests: int, stacks: int, word: str) -> None:
+    """Wait for the guardian's request, and leave when the stacks are written; the pipe's end says that none will come.
+
+    In a process that was stopped the main thread writes them at this moment, from a signal handler that does not need the
+    interpreter's lock. The lock is kept meanwhile, or what was stopped would go on.
+    """
+    library = ctypes.PyDLL(None)  # whose calls keep the lock, other than those of `os` and `time`
     if os.read(requests, 1):
         leave_word(word, word)
+        sys.setswitchinterval(1.0)  # seconds until Python itself would give it to another thread
+        before, looks = 0, 0
+        while looks < _LOOKS and (not (size := library.lseek(stacks, 0, os.SEEK_END)) or size != before):
+            before, looks = size, looks + 1
+            library.usleep(_LOOK_US)
         os._exit(int(ExitCode.HANG))
     os.close(requests)
