@@ -59,7 +59,6 @@ class CausalLMDataset:
         self.remainder_tokens = [(dataset.token_count - 1) % sequence_length for dataset in self.datasets]
         self._mixture = Mixture(self.weights)
         self._orders = [EpochOrder(size, seed, source) for source, size in enumerate(self.samples_per_epoch)]
-        self._tokens = [np.asarray(dataset.tokens) for dataset in self.datasets]
 
     def _faults(self, weights: list[float]) -> list[str]:
         faults = []
@@ -108,10 +107,10 @@ class CausalLMDataset:
         s = self.sequence_length
         input_ids = np.empty((len(windows), s), np.int64)
         labels = np.empty((len(windows), s), np.int64)
-        for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
-            tokens = self._tokens[source][window * s : window * s + s + 1]
-            input_ids[row] = tokens[:-1]
-            labels[row] = tokens[1:]
+        for source in np.unique(sources).tolist():
+            chosen = sources == source
+            tokens = self.datasets[source].windows(windows[chosen] * s, s + 1)
+            input_ids[chosen], labels[chosen] = tokens[:, :-1], tokens[:, 1:]
         return input_ids, labels
 
     def documents(self, numbers: Sequence[int]) -> dict[str, list[list[int]]]:
@@ -193,7 +192,6 @@ class HeldOutDataset:
             raise DataError(f"{self.prefix}: has {self.token_count} tokens to read; a label needs two; "
                             "tokenise more text, or raise max_tokens")
         self.label_count = self.token_count - 1
-        self._tokens = np.asarray(self.dataset.tokens)[: self.token_count]
         self._filler = self.manifest.tokenizer.eos_id if self.manifest else 0
 
     def __len__(self) -> int:
@@ -204,8 +202,8 @@ class HeldOutDataset:
         """Return (input_ids, labels) of a window, int64.  # [s], [s]"""
         assert 0 <= number < len(self), (number, len(self))
         s = self.sequence_length
-        tokens = self._tokens[number * s : number * s + s + 1]
-        count = len(tokens) - 1
+        count = min(s, self.label_count - number * s)
+        tokens = self.dataset.windows(np.array([number * s]), count + 1)[0]
         input_ids = np.full(s, self._filler, np.int64)
         labels = np.full(s, IGNORED_LABEL, np.int64)
         input_ids[:count] = tokens[:-1]
