@@ -350,8 +350,9 @@ class IndexedDataset:
     def _checksum_faults(self, found: str | None) -> list[str]:
         if self.manifest is None or found in (None, self.manifest.bin.checksum):
             return []
-        return [f"{self.paths.bin}: its checksum is {found}; the manifest says {self.manifest.bin.checksum}; "
-                "the ids were damaged or changed: copy the file again, or write the dataset again"]
+        return [f"{self.paths.bin}: its checksum is {found}; the manifest {self.paths.manifest.name} says "
+                f"{self.manifest.bin.checksum}; one of them was damaged or changed: copy both files again, or write the "
+                "dataset again"]
 
     @property
     def tokens(self) -> np.ndarray:
