@@ -379,11 +379,13 @@ class IndexedDataset:
     def document(self, number: int) -> np.ndarray:
         """Return the ids of a document, its EOS included."""
         assert 0 <= number < self.document_count, (number, self.document_count)
+        self._index.require_whole()
         first, after = self._index.boundaries[number : number + 2]
         return self.tokens[self._token_offset(int(first)) : self._token_offset(int(after))]
 
     def document_ends(self) -> np.ndarray:
         """Return for each document the position in `tokens` after its last id (eight bytes per document)."""
+        self._index.require_whole()
         if not self.sequence_count:
             return np.zeros(self.document_count, np.int64)
         ends = np.append(np.asarray(self._index.pointers) // self.dtype.itemsize, self.token_count)

@@ -69,6 +69,9 @@ def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path, kept):
             with pytest.raises(DataError, match=rf"a.bin: cannot be read at byte [\d,]+ \(it has {kept:,} bytes\); it had "
                                                 "300,000 ids, 600,000 bytes, when it was opened"):
                 read()
+        os.truncate(tmp_path / "a.idx", kept // 10)
+        with pytest.raises(DataError, match=rf"a.idx: has {kept // 10:,} bytes; it had 60,042 when it was opened"):
+            dataset.documents(range(4))
 
     outcome = in_fork(child)
     assert (outcome.kind, outcome.text) == ("returned", "")

@@ -86,6 +86,26 @@ def test_damage_to_large_data_ends_the_run(data, tmp_path, reading, damaged, ste
     assert steps == (len(curve(tmp_path / "run")) if (tmp_path / "run/metrics.jsonl").exists() else 0)
 
 
+def shorter_than_the_comparison(mesh, deepspeed, run):
+    from megatron_ttl.data import background_check, indexed_dataset
+    from megatron_ttl.train.session import Session
+
+    said = []
+    indexed_dataset.CHECKED_AT_OPEN = 0
+    background_check.BackgroundCheck._run = lambda check: check._stop.wait(60)
+    Session.say = lambda session, line: said.append(line)
+    train_here(mesh, deepspeed, run, ["train.steps=2", "schedule.warmup_steps=1"])
+    return said
+
+
+def test_a_run_shorter_than_the_comparison_says_so(data, tmp_path):
+    """And with what it can be made up for, for the training data and the held-out ones."""
+    files = write_settings(tmp_path, data, tmp_path / "run", PROFILE)
+    said = run_distributed(shorter_than_the_comparison, 1, *map(str, files))[0]
+    notes = [line for line in said if "before" in line and "was compared with its checksum" in line]
+    assert [f"--verify --prefix {data}/{name}" in note for note, name in zip(notes, ("train", "held"), strict=True)] == [True] * 2
+
+
 def throttled(mesh, deepspeed, run):
     from megatron_ttl.data.token_file import TokenFile
 
