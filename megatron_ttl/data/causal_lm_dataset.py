@@ -59,6 +59,7 @@ class CausalLMDataset:
         self.remainder_tokens = [(dataset.token_count - 1) % sequence_length for dataset in self.datasets]
         self._mixture = Mixture(self.weights)
         self._orders = [EpochOrder(size, seed, source) for source, size in enumerate(self.samples_per_epoch)]
+        self._tokens = [dataset.ids for dataset in self.datasets]
 
     def _faults(self, weights: list[float]) -> list[str]:
         faults = []
@@ -107,10 +108,10 @@ class CausalLMDataset:
         s = self.sequence_length
         input_ids = np.empty((len(windows), s), np.int64)
         labels = np.empty((len(windows), s), np.int64)
-        for source in np.unique(sources).tolist():
-            chosen = sources == source
-            tokens = self.datasets[source].windows(windows[chosen] * s, s + 1)
-            input_ids[chosen], labels[chosen] = tokens[:, :-1], tokens[:, 1:]
+        for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
+            tokens = self._tokens[source][window * s : window * s + s + 1]
+            input_ids[row] = tokens[:-1]
+            labels[row] = tokens[1:]
         return input_ids, labels
 
     def documents(self, numbers: Sequence[int]) -> dict[str, list[list[int]]]:
@@ -202,8 +203,8 @@ class HeldOutDataset:
         """Return (input_ids, labels) of a window, int64.  # [s], [s]"""
         assert 0 <= number < len(self), (number, len(self))
         s = self.sequence_length
-        count = min(s, self.label_count - number * s)
-        tokens = self.dataset.windows(np.array([number * s]), count + 1)[0]
+        tokens = self.dataset.ids[number * s : min(number * s + s + 1, self.token_count)]
+        count = len(tokens) - 1
         input_ids = np.full(s, self._filler, np.int64)
         labels = np.full(s, IGNORED_LABEL, np.int64)
         input_ids[:count] = tokens[:-1]

@@ -286,6 +286,7 @@ class IndexedDataset:
             `CHECKED_AT_OPEN` bytes.
 
     Attributes:
+        ids: every id of every document, flat; `ids[a:b]` reads them by position, safe from a file that changes meanwhile.
         manifest: None for a dataset that another program wrote.
         verified: whether every byte was compared with a checksum of the manifest.
 
@@ -304,11 +305,11 @@ class IndexedDataset:
         self.sequence_count = len(self._index.lengths)
         self.document_count = len(self._index.boundaries) - 1
         try:
-            self._bin = TokenFile(self.paths.bin, self.dtype, self.token_count)
+            self.ids = TokenFile(self.paths.bin, self.dtype, self.token_count)
         except OSError as error:
             raise DataError(f"{self.paths.bin}: cannot be read ({error.strerror}); it must be; copy it again, or change "
                             "its permissions") from None
-        bin_bytes = self._bin.size_bytes
+        bin_bytes = self.ids.size_bytes
         raise_faults(DataError, [*self._bin_size_faults(bin_bytes), *self._manifest_faults(bin_bytes)])
         self.verified = False
         if verify or (verify is None and bin_bytes <= CHECKED_AT_OPEN):
@@ -345,7 +346,7 @@ class IndexedDataset:
 
     def checksum_faults(self, stop: threading.Event | None = None) -> list[str]:
         """Compare the whole `.bin` with the manifest's checksum; return the fault if they differ and `stop` was not set."""
-        return self._checksum_faults(self._bin.checksum(stop)) if self.manifest is not None else []
+        return self._checksum_faults(self.ids.checksum(stop)) if self.manifest is not None else []
 
     def _checksum_faults(self, found: str | None) -> list[str]:
         if self.manifest is None or found in (None, self.manifest.bin.checksum):
@@ -356,16 +357,8 @@ class IndexedDataset:
 
     @property
     def tokens(self) -> np.ndarray:
-        """Every id of every document, flat and read-only; the array keeps its mapping alive.  # [token_count]"""
-        return self._bin.tokens
-
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return the `length` ids from each of `starts` on, read by position; quick and safe from a file that changes.
-
-        Raises:
-            DataError: the `.bin` was cut short since it was opened, or the disk fails.
-        """
-        return self._bin.windows(starts, length)
+        """The ids as one read-only array over a memory map, which it keeps alive: for a look.  # [token_count]"""
+        return self.ids.tokens
 
     def preload(self, on_progress: Callable[[float], None] | None = None) -> None:
         """Read all ids into memory and compare them with the manifest; they are the same ids, read more quickly.
@@ -373,7 +366,7 @@ class IndexedDataset:
         Raises:
             DataError: they were damaged, or cannot be read.
         """
-        raise_faults(DataError, self._checksum_faults(self._bin.preload(on_progress)))
+        raise_faults(DataError, self._checksum_faults(self.ids.preload(on_progress)))
         self.verified = self.manifest is not None
 
     def document(self, number: int) -> np.ndarray:
@@ -381,7 +374,7 @@ class IndexedDataset:
         assert 0 <= number < self.document_count, (number, self.document_count)
         self._index.require_whole()
         first, after = self._index.boundaries[number : number + 2]
-        return self.tokens[self._token_offset(int(first)) : self._token_offset(int(after))]
+        return self.ids[self._token_offset(int(first)) : self._token_offset(int(after))]
 
     def document_ends(self) -> np.ndarray:
         """Return for each document the position in `tokens` after its last id (eight bytes per document)."""

@@ -109,7 +109,7 @@ class _Scan:
         """Read everything."""
         total = self._dataset.token_count
         for start in range(0, total, _BLOCK_TOKENS):
-            block = self._dataset.windows(np.array([start]), min(_BLOCK_TOKENS, total - start))[0]
+            block = self._dataset.ids[start : start + _BLOCK_TOKENS]
             self._count(start, block)
             self._follow_runs(start, block)
             if self._eos is not None:

@@ -67,19 +67,24 @@ class TokenFile:
             self._flat = np.frombuffer(mapping, self.dtype)
         return self._flat
 
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return the `length` ids from each of `starts` on; nobody else has the array.  # [len(starts), length]
+    def __len__(self) -> int:
+        """Return the number of ids."""
+        return self.count
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        """Return the ids from `place.start` to before `place.stop`, fewer where the file ends; to be read only.
 
         Raises:
             DataError: the file was cut short since it was opened, or the disk fails.
         """
-        assert not len(starts) or (0 <= starts.min() and starts.max() + length <= self.count), (starts, length)
+        assert place.step is None, place
         if self._preloaded:
-            return np.lib.stride_tricks.sliding_window_view(self.tokens, length)[starts]
-        rows = np.empty((len(starts), length), self.dtype)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            self._fill(memoryview(row).cast("B"), start * self.dtype.itemsize)
-        return rows
+            return self.tokens[place]
+        start, stop, _ = place.indices(self.count)
+        ids = np.empty(max(0, stop - start), self.dtype)
+        if len(ids):
+            self._fill(memoryview(ids).cast("B"), start * self.dtype.itemsize)
+        return ids
 
     def preload(self, on_progress: Callable[[float], None] | None = None) -> str:
         """Read all ids into memory, from where they come from now on; return their checksum.
@@ -88,7 +93,7 @@ class TokenFile:
             on_progress: is given the bytes read so far.
 
         Raises:
-            DataError: as `windows`.
+            DataError: as slicing.
         """
         flat = np.empty(self.count, self.dtype)
         digest, payload = xxhash.xxh3_128(), memoryview(flat).cast("B") if self.count else memoryview(b"")
@@ -106,7 +111,7 @@ class TokenFile:
         """Return the checksum of what is on the disk, as `files.checksum` gives it; None if `stop` was set before its end.
 
         Raises:
-            DataError: as `windows`.
+            DataError: as slicing.
         """
         digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK_BYTES))
         size = self.count * self.dtype.itemsize
