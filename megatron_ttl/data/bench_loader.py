@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset
 from megatron_ttl.data.sampler import StepBatches
+from megatron_ttl.errors import ConfigError, raise_faults
 
 
 def measure_loader(prefixes: Sequence[str], sequence_length: int = 2048, samples_per_step: int = 4,
@@ -27,7 +28,15 @@ def measure_loader(prefixes: Sequence[str], sequence_length: int = 2048, samples
     Returns:
         `open_s`, `first_batch_s` (elapsed), `tokens_per_s` of one core that does nothing else, and of a training that takes
         `tokens_per_s`: median, 99th percentile and largest wait of a step in milliseconds (elapsed).
+
+    Raises:
+        ConfigError: a number is not above 0.
+        DataError: a dataset cannot be used.
     """
+    numbers = {"sequence-length": sequence_length, "samples-per-step": samples_per_step, "tokens-per-s": tokens_per_s,
+               "steps": steps}
+    raise_faults(ConfigError, [f"--{name}: is {value}; it must be above 0; leave it out" for name, value in numbers.items()
+                               if not value > 0])
     begun = time.process_time()
     dataset = CausalLMDataset([(prefix, 1.0) for prefix in prefixes], sequence_length, seed=0)
     result: dict[str, Any] = {"tokens": sum(source.token_count for source in dataset.datasets),

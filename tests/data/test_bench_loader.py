@@ -19,6 +19,7 @@ from megatron_ttl.data.bench_loader import measure_loader
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset
 from megatron_ttl.data.index_file import index_blocks
 from megatron_ttl.data.manifest import DatasetManifest, FileRecord, TokenizerRecord, dump_manifest
+from megatron_ttl.errors import ConfigError
 
 TOKENS = 6_200_000_000
 DOCUMENTS = 6_000_000
@@ -74,6 +75,13 @@ def test_the_loader_keeps_up(large):
     assert found[0]["open_s"] < 0.5 and found[0]["first_batch_s"] < 1
     assert max(result["tokens_per_s"] for result in found) > 20e6
     assert min(result["wait_ms_median"] for result in found) < 0.1
+
+
+def test_numbers_that_measure_nothing_are_refused():
+    """All at once."""
+    with pytest.raises(ConfigError, match="--sequence-length: is 0; it must be above 0; leave it out") as caught:
+        measure_loader(["none"], sequence_length=0, tokens_per_s=-1.0)
+    assert len(caught.value.faults) == 2
 
 
 def test_a_loader_that_is_too_slow_is_seen(large, monkeypatch):
