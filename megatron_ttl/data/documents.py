@@ -132,8 +132,8 @@ def _chunks_of(handle: BinaryIO, packed: BinaryIO, chunk_bytes: int, file: int) 
     try:
         for line in iter(partial(handle.readline, LONGEST_LINE + 1), b""):
             if len(line) > LONGEST_LINE:
-                raise DataError(f"{packed.name}:{number + len(lines)}:{start + size}: is longer than {LONGEST_LINE >> 20} MiB; a line "
-                                "is one document, a book has 1 MiB; split it, or leave it out")
+                raise DataError(f"{packed.name}:{number + len(lines)}:{start + size}: is longer than "
+                                f"{LONGEST_LINE >> 20} MiB; a line is one document, a book has 1 MiB; split it, or leave it out")
             lines.append(line)
             size += len(line)
             if size >= chunk_bytes or len(lines) >= _MOST_LINES:

@@ -100,8 +100,8 @@ class IndexFile:
         """
         found = os.fstat(self._descriptor).st_size
         if found != self.size_bytes:
-            raise DataError(f"{self.path}: has {found:,} bytes; it had {self.size_bytes:,} when it was opened, and must keep "
-                            f"them while it is in use; {_CURE}")
+            raise DataError(f"{self.path}: has {found:,} bytes; it had {self.size_bytes:,} when it was opened, and must "
+                            f"keep them while it is in use; {_CURE}")
 
     def checksum(self) -> str:
         """Return the checksum of the file."""

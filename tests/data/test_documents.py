@@ -270,6 +270,7 @@ def test_the_reader_refuses_a_corpus_with_too_many_bad_lines_at_its_end(tmp_path
     with pytest.raises(DataError, match=r"9 of 10 lines are no documents \(8 x broken JSON, 1 x the text is a number\); at "
                                         "most 50 % may be; .*--max-bad-fraction") as caught:
         texts.extend(reader)
-    assert caught.value.faults[0].endswith("repair or remove it") and "a.jsonl:2:15: the text is a number" in str(caught.value)
+    assert caught.value.faults[0].endswith("repair or remove it")
+    assert "a.jsonl:2:15: the text is a number" in str(caught.value)
     assert len(caught.value.faults) == 6, "the first five bad lines and the sum"
     assert list(DocumentReader([tmp_path / "a.jsonl"], max_bad_fraction=0.9)) == ["um"], "at the threshold is allowed"

@@ -103,7 +103,8 @@ def test_a_run_shorter_than_the_comparison_says_so(data, tmp_path):
     files = write_settings(tmp_path, data, tmp_path / "run", PROFILE)
     said = run_distributed(shorter_than_the_comparison, 1, *map(str, files))[0]
     notes = [line for line in said if "before" in line and "was compared with its checksum" in line]
-    assert [f"--verify --prefix {data}/{name}" in note for note, name in zip(notes, ("train", "held"), strict=True)] == [True] * 2
+    assert len(notes) == 2
+    assert all(f"--verify --prefix {data}/{name}" in note for note, name in zip(notes, ("train", "held"), strict=True))
 
 
 def throttled(mesh, deepspeed, run):
