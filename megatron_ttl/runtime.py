@@ -116,6 +116,12 @@ def _ask_mpi(launcher: str) -> Ranks:
     return Ranks(rank, world, local, address, port, launcher)
 
 
+def available_memory_bytes() -> int:
+    """Return how much memory may still be taken without swapping, as the kernel estimates it; Linux only."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+
+
 def free_port() -> int:
     """Return a port of this machine that nobody listens on, below those that outgoing connections take."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 200):  # processes of two containers may share a number

@@ -52,6 +52,7 @@ _TABLE: tuple[tuple[Verdict, str, str], ...] = (  # verdict, why, keys; `section
     ("allowed", "it only measures", "evaluation.* log.* energy.*"),
     ("allowed", "it says when the run is kept", "checkpoint.*"),
     ("allowed", "it says when a run that hangs is ended", "watchdog.*"),
+    ("allowed", "the samples and their order are the same, however they are read", "data_loader.*"),
     ("allowed", _LAYOUT, "train_micro_batch_size_per_gpu zero_optimization.stage zero_optimization.overlap_comm "
      "zero_optimization.contiguous_gradients zero_optimization.reduce_scatter zero_optimization.reduce_bucket_size "
      "zero_optimization.allgather_bucket_size zero_optimization.stage3_prefetch_bucket_size "

@@ -112,6 +112,15 @@ class WatchdogConfig(Section):
         return 30 * 86_400 if None in limits else max(limit for limit in limits if limit is not None)
 
 
+class DataLoaderConfig(Section):
+    """How the training data are read: the same samples in the same order, whatever stands here."""
+
+    preload: bool = False
+    """Read all training data into memory first, for slow disks: on every process as many bytes as the `.bin` files have."""
+    verify: bool = True
+    """Compare data above 256 MiB with their checksums in the background; smaller ones always are, when opened."""
+
+
 class DeepSpeedProfile(Section):
     """The keys of the DeepSpeed JSON that we honour: what changes speed and memory, never the loss curve."""
 
@@ -129,6 +138,7 @@ class DeepSpeedProfile(Section):
     """Time the parts of a step; it waits for the device, so the run is slower."""
     parallel: ParallelConfig | None = None
     watchdog: WatchdogConfig | None = None
+    data_loader: DataLoaderConfig | None = None
 
     @property
     def precision(self) -> Literal["bf16", "fp16", "fp32"]:
@@ -146,6 +156,11 @@ class DeepSpeedProfile(Section):
     def time_limits(self) -> WatchdogConfig:
         """When a run that hangs is ended, given or not."""
         return self.watchdog or WatchdogConfig()
+
+    @property
+    def reading(self) -> DataLoaderConfig:
+        """How the training data are read, given or not."""
+        return self.data_loader or DataLoaderConfig()
 
 
 _AUTO = "absent or \"auto\""

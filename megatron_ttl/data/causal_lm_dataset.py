@@ -59,7 +59,7 @@ class CausalLMDataset:
         self.remainder_tokens = [(dataset.token_count - 1) % sequence_length for dataset in self.datasets]
         self._mixture = Mixture(self.weights)
         self._orders = [EpochOrder(size, seed, source) for source, size in enumerate(self.samples_per_epoch)]
-        self._tokens = [np.asarray(dataset.tokens) for dataset in self.datasets]
+        self._tokens = [dataset.ids for dataset in self.datasets]
 
     def _faults(self, weights: list[float]) -> list[str]:
         faults = []
@@ -193,7 +193,6 @@ class HeldOutDataset:
             raise DataError(f"{self.prefix}: has {self.token_count} tokens to read; a label needs two; "
                             "tokenise more text, or raise max_tokens")
         self.label_count = self.token_count - 1
-        self._tokens = np.asarray(self.dataset.tokens)[: self.token_count]
         self._filler = self.manifest.tokenizer.eos_id if self.manifest else 0
 
     def __len__(self) -> int:
@@ -204,7 +203,7 @@ class HeldOutDataset:
         """Return (input_ids, labels) of a window, int64.  # [s], [s]"""
         assert 0 <= number < len(self), (number, len(self))
         s = self.sequence_length
-        tokens = self._tokens[number * s : number * s + s + 1]
+        tokens = self.dataset.ids[number * s : min(number * s + s + 1, self.token_count)]
         count = len(tokens) - 1
         input_ids = np.full(s, self._filler, np.int64)
         labels = np.full(s, IGNORED_LABEL, np.int64)

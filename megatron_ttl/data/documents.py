@@ -84,36 +84,38 @@ def read_chunks(path: str | os.PathLike[str], chunk_bytes: int = 1 << 20, file: 
     Packed files are known by their first bytes, not by their name.
 
     Raises:
-        DataError: the file cannot be read to its end, or is UTF-16; `<file>:<line>` says where.
+        DataError: the file cannot be read to its end, or is UTF-16; `<file>:<line>:<byte>` says where, the byte being
+            where that line begins in the (unpacked) file.
     """
     path = Path(path)
-    done = 0  # complete lines read so far
+    done, place = 0, 0  # lines and bytes of the chunks so far
     try:
         with open(path, "rb") as packed:
             head = packed.read(3)
             packed.seek(0)
             if head[:2] in _UTF16_BOMS:
-                raise DataError(f"{path}: is UTF-16; it must be UTF-8; convert it")
+                raise DataError(f"{path}:1:0: is UTF-16; it must be UTF-8; convert it")
             if path.name.lower().endswith(".gz") and head and not head.startswith(_GZIP_MAGIC):
-                raise DataError(f"{path}: is named .gz and is not packed with gzip; its name must say what "
+                raise DataError(f"{path}:1:0: is named .gz and is not packed with gzip; its name must say what "
                                 "it is; rename or pack it")
             for chunk in _chunks_of(_unpacked(packed, head), packed, chunk_bytes, file):
                 yield chunk
-                done += len(chunk.lines)
+                done, place = done + len(chunk.lines), chunk.first_byte + sum(map(len, chunk.lines))
     except _Broken as error:
-        raise DataError(f"{path}:{error.line}: {error.what}; it must be whole; "
+        raise DataError(f"{path}:{error.line}:{error.byte}: {error.what}; it must be whole; "
                         "copy or pack it again") from None
     except OSError as error:
-        raise DataError(f"{path}:{done + 1}: cannot be read ({error.strerror or error}); it must be readable "
+        raise DataError(f"{path}:{done + 1}:{place}: cannot be read ({error.strerror or error}); it must be readable "
                         "to its end; check the disk or copy it again") from None
 
 
 class _Broken(Exception):
     """A packed file that cannot be unpacked after some line."""
 
-    def __init__(self, line: int, what: str) -> None:
+    def __init__(self, line: int, byte: int, what: str) -> None:
         super().__init__(what)
         self.line = line
+        self.byte = byte
         self.what = what
 
 
@@ -130,17 +132,17 @@ def _chunks_of(handle: BinaryIO, packed: BinaryIO, chunk_bytes: int, file: int) 
     try:
         for line in iter(partial(handle.readline, LONGEST_LINE + 1), b""):
             if len(line) > LONGEST_LINE:
-                raise DataError(f"{packed.name}:{number + len(lines)}: is longer than {LONGEST_LINE >> 20} MiB; a line "
-                                "is one document, a book has 1 MiB; split it, or leave it out")
+                raise DataError(f"{packed.name}:{number + len(lines)}:{start + size}: is longer than "
+                                f"{LONGEST_LINE >> 20} MiB; a line is one document, a book has 1 MiB; split it, or leave it out")
             lines.append(line)
             size += len(line)
             if size >= chunk_bytes or len(lines) >= _MOST_LINES:
                 yield Chunk(file, number, start, lines, packed.tell())
                 number, start, size, lines = number + len(lines), start + size, 0, []
     except EOFError:
-        raise _Broken(number + len(lines), "the packed file ends in the middle") from None
+        raise _Broken(number + len(lines), start + size, "the packed file ends in the middle") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise _Broken(number + len(lines), f"the packed file is damaged ({error})") from None
+        raise _Broken(number + len(lines), start + size, f"the packed file is damaged ({error})") from None
     if lines:
         yield Chunk(file, number, start, lines, packed.tell())
 
@@ -199,7 +201,7 @@ class DocumentReader:
     Attributes:
         sources: one entry per file read so far: name, size, documents, rejected lines.
         rejected: lines that became no document, by reason.
-        bad_lines: the first few of them, as `<file>:<line>: <reason>`.
+        bad_lines: the first few of them, as `<file>:<line>:<byte>: <reason>`; the byte is where the line begins.
 
     Raises:
         DataError: (while iterating) a file cannot be read, or more than `max_bad_fraction` of the lines are
@@ -236,7 +238,9 @@ class DocumentReader:
             raise DataError(*self.bad_lines, bad_lines_fault(self.rejected, lines, self.max_bad_fraction))
 
     def _texts(self, path: Path, chunk: Chunk, source: dict[str, Any]) -> Iterable[str]:
+        after = chunk.first_byte
         for number, line in enumerate(chunk.lines, chunk.first_line):
+            place, after = after, after + len(line)
             text = parse_line(line, self.text_key)
             if isinstance(text, str):
                 source["documents"] += 1
@@ -245,7 +249,7 @@ class DocumentReader:
                 source["rejected"] += 1
                 self.rejected[text.reason] += 1
                 if len(self.bad_lines) < 5:
-                    self.bad_lines.append(f"{path}:{number}: {text.reason}; every line must be an object "
+                    self.bad_lines.append(f"{path}:{number}:{place}: {text.reason}; every line must be an object "
                                           f"with a text under '{self.text_key}'; repair or remove it")
 
 

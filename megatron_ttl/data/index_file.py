@@ -17,14 +17,17 @@ Source: megatron/core/datasets/indexed_dataset.py of megatron-core 0.16.1.
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ttl.errors import DataError, raise_faults
-from megatron_ttl.files import checksum_bytes
+from megatron_ttl.files import checksum_bytes, open_regular
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, document boundaries
@@ -70,15 +73,17 @@ class IndexFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.size_bytes = path.stat().st_size
+            self._descriptor = open_regular(path)
+            weakref.finalize(self, os.close, self._descriptor)
+            self.size_bytes = os.fstat(self._descriptor).st_size
             if self.size_bytes < HEADER.size:
                 raise DataError(f"{path}: ends in its header, after {self.size_bytes} bytes; the header has "
                                 f"{HEADER.size}; {_CURE}")
             # The arrays below refer to this mapping and keep it alive; it is never closed by hand.
-            self._mapping = np.memmap(path, dtype=np.uint8, mode="r")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); it must be; {_CURE}") from None
-        self.size_bytes = len(self._mapping)
+            mapping = mmap.mmap(self._descriptor, self.size_bytes, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: it has become shorter
+            raise DataError(f"{path}: cannot be read ({error}); it must be; {_CURE}") from None
+        self._mapping = np.frombuffer(mapping, np.uint8)
         self.dtype, count, boundary_count = self._read_header()
         self.lengths = self._array("<i4", HEADER.size, count)
         self.pointers = self._array("<i8", HEADER.size + 4 * count, count)
@@ -86,6 +91,17 @@ class IndexFile:
         # Lengths are looked at first: the other two arrays cannot be longer without a fault that shows at once.
         raise_faults(DataError, [fault for fault in (self._length_fault(), self._boundary_fault()) if fault])
         self.token_count = self._check_pointers()
+
+    def require_whole(self) -> None:
+        """Refuse to look into a file that was cut short since it was opened: that would end the process (SIGBUS).
+
+        Raises:
+            DataError: it has another size now.
+        """
+        found = os.fstat(self._descriptor).st_size
+        if found != self.size_bytes:
+            raise DataError(f"{self.path}: has {found:,} bytes; it had {self.size_bytes:,} when it was opened, and must "
+                            f"keep them while it is in use; {_CURE}")
 
     def checksum(self) -> str:
         """Return the checksum of the file."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -30,9 +31,14 @@ from megatron_ttl.data.manifest import (
     dataset_paths,
     dump_manifest,
     read_manifest,
+    require_files,
 )
-from megatron_ttl.errors import DataError, DiskError, closest, raise_faults
-from megatron_ttl.files import checksum, fsync_directory, open_own
+from megatron_ttl.data.token_file import TokenFile
+from megatron_ttl.errors import DataError, DiskError, raise_faults
+from megatron_ttl.files import fsync_directory, open_own
+
+CHECKED_AT_OPEN = 256 << 20
+"""Bytes; a `.bin` of at most so many is compared with its checksum whenever it is opened: a tenth of a second."""
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "int32"]:
@@ -272,49 +278,43 @@ def _new_file(path: Path) -> BinaryIO:
 
 
 class IndexedDataset:
-    """Tokenised documents on the disk, checked before they are trusted and read through a memory map.
+    """Tokenised documents on the disk, checked before they are trusted.
 
     Args:
         prefix: path without suffix.
-        verify: also compare the checksum of the `.bin` with the manifest's (seconds per 10 GB).
+        verify: compare the checksum of the `.bin` with the manifest's, seconds per 10 GB; absent: of a `.bin` of at most
+            `CHECKED_AT_OPEN` bytes.
 
     Attributes:
-        tokens: every id of every document, flat; the array keeps its mapping alive for as long as it lives.
+        ids: every id of every document, flat; `ids[a:b]` reads them by position, safe from a file that changes meanwhile.
         manifest: None for a dataset that another program wrote.
+        verified: whether every byte was compared with a checksum of the manifest.
 
     Raises:
         DataError: a file is missing, damaged, cut short or does not belong to the others.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], verify: bool = False) -> None:
+    def __init__(self, prefix: str | os.PathLike[str], verify: bool | None = None) -> None:
         self.prefix = os.fspath(prefix)
         self.paths = dataset_paths(prefix)
-        self._require_files()
+        require_files(prefix)
         self._index = IndexFile(self.paths.idx)
         self.manifest = read_manifest(self.paths.manifest) if self.paths.manifest.exists() else None
         self.dtype = self._index.dtype
         self.token_count = self._index.token_count
         self.sequence_count = len(self._index.lengths)
         self.document_count = len(self._index.boundaries) - 1
-        bin_bytes = os.stat(self.paths.bin).st_size
+        try:
+            self.ids = TokenFile(self.paths.bin, self.dtype, self.token_count)
+        except OSError as error:
+            raise DataError(f"{self.paths.bin}: cannot be read ({error.strerror}); it must be; copy it again, or change "
+                            "its permissions") from None
+        bin_bytes = self.ids.size_bytes
         raise_faults(DataError, [*self._bin_size_faults(bin_bytes), *self._manifest_faults(bin_bytes)])
-        if verify:
+        self.verified = False
+        if verify or (verify is None and bin_bytes <= CHECKED_AT_OPEN):
             raise_faults(DataError, self.checksum_faults())
-        self.tokens = self._map_tokens()  # [token_count]
-
-    def _require_files(self) -> None:
-        missing = [path for path in (self.paths.bin, self.paths.idx) if not path.is_file()]
-        if not missing:
-            return
-        stem, dot, suffix = self.prefix.rpartition(".")
-        if suffix in ("bin", "idx", "json") and dataset_paths(stem).bin.is_file():
-            raise DataError(f"{self.prefix}: is one file of a dataset; a prefix has no suffix; write {stem}")
-        folder = self.paths.bin.parent
-        known = [path.name.removesuffix(".idx") for path in folder.glob("*.idx")] if folder.is_dir() else []
-        hint = closest(self.paths.idx.name.removesuffix(".idx"), known)
-        cure = "correct the prefix, or write the dataset with tools/preprocess_data.py"
-        cure = f"{cure}; {hint}" if hint else cure
-        raise DataError(*(f"{path}: does not exist; a dataset has .bin and .idx; {cure}" for path in missing))
+            self.verified = self.manifest is not None
 
     def _bin_size_faults(self, bin_bytes: int) -> list[str]:
         wanted = self.token_count * self.dtype.itemsize
@@ -344,29 +344,41 @@ class IndexedDataset:
             for path, name, value, wanted in pairs if value != wanted
         ]
 
-    def checksum_faults(self) -> list[str]:
-        """Compare the whole `.bin` with the manifest's checksum; return the fault if they differ."""
-        if self.manifest is None:
-            return []
-        found = checksum(self.paths.bin)
-        if found == self.manifest.bin.checksum:
-            return []
-        return [f"{self.paths.bin}: its checksum is {found}; the manifest says {self.manifest.bin.checksum}; "
-                "the ids were damaged or changed: copy the file again, or write the dataset again"]
+    def checksum_faults(self, stop: threading.Event | None = None) -> list[str]:
+        """Compare the whole `.bin` with the manifest's checksum; return the fault if they differ and `stop` was not set."""
+        return self._checksum_faults(self.ids.checksum(stop)) if self.manifest is not None else []
 
-    def _map_tokens(self) -> np.ndarray:
-        if not self.token_count:
-            return np.empty(0, self.dtype)  # an empty file cannot be mapped
-        return np.memmap(self.paths.bin, dtype=self.dtype, mode="r", shape=(self.token_count,))
+    def _checksum_faults(self, found: str | None) -> list[str]:
+        if self.manifest is None or found in (None, self.manifest.bin.checksum):
+            return []
+        return [f"{self.paths.bin}: its checksum is {found}; the manifest {self.paths.manifest.name} says "
+                f"{self.manifest.bin.checksum}; one of them was damaged or changed: copy both files again, or write the "
+                "dataset again"]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The ids as one read-only array over a memory map, which it keeps alive: for a look.  # [token_count]"""
+        return self.ids.tokens
+
+    def preload(self, on_progress: Callable[[float], None] | None = None) -> None:
+        """Read all ids into memory and compare them with the manifest; they are the same ids, read more quickly.
+
+        Raises:
+            DataError: they were damaged, or cannot be read.
+        """
+        raise_faults(DataError, self._checksum_faults(self.ids.preload(on_progress)))
+        self.verified = self.manifest is not None
 
     def document(self, number: int) -> np.ndarray:
         """Return the ids of a document, its EOS included."""
         assert 0 <= number < self.document_count, (number, self.document_count)
+        self._index.require_whole()
         first, after = self._index.boundaries[number : number + 2]
-        return self.tokens[self._token_offset(int(first)) : self._token_offset(int(after))]
+        return self.ids[self._token_offset(int(first)) : self._token_offset(int(after))]
 
     def document_ends(self) -> np.ndarray:
         """Return for each document the position in `tokens` after its last id (eight bytes per document)."""
+        self._index.require_whole()
         if not self.sequence_count:
             return np.zeros(self.document_count, np.int64)
         ends = np.append(np.asarray(self._index.pointers) // self.dtype.itemsize, self.token_count)

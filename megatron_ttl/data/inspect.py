@@ -32,7 +32,7 @@ def inspect_dataset(prefix: str | os.PathLike[str], verify: bool = False,
     Raises:
         DataError: the dataset is damaged; with `verify`, also for what only a full read finds.
     """
-    dataset = IndexedDataset(prefix)
+    dataset = IndexedDataset(prefix, verify=False)  # damaged data can be looked at
     manifest = dataset.manifest
     scan = _Scan(dataset).run(on_progress)
     length, run_id, position = scan.longest_run
@@ -80,7 +80,7 @@ def decoded_documents(prefix: str | os.PathLike[str], count: int, first: int = 0
     """
     if count < 0:
         raise ConfigError(f"--show: {count}; must be 0 or more; write how many documents to show")
-    dataset = IndexedDataset(prefix)
+    dataset = IndexedDataset(prefix, verify=False)
     if dataset.manifest is None:
         raise DataError(f"{dataset.prefix}: has no manifest, so its tokenizer is unknown; must have one to "
                         "be decoded; inspect it without --show")
@@ -107,9 +107,9 @@ class _Scan:
 
     def run(self, on_progress: Callable[[float], None] | None) -> _Scan:
         """Read everything."""
-        tokens = self._dataset.tokens
-        for start in range(0, len(tokens), _BLOCK_TOKENS):
-            block = np.asarray(tokens[start : start + _BLOCK_TOKENS])
+        total = self._dataset.token_count
+        for start in range(0, total, _BLOCK_TOKENS):
+            block = self._dataset.ids[start : start + _BLOCK_TOKENS]
             self._count(start, block)
             self._follow_runs(start, block)
             if self._eos is not None:

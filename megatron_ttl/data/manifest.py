@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_ttl.errors import DataError, raise_faults
+from megatron_ttl.errors import DataError, closest, raise_faults
 from megatron_ttl.files import read_regular
 
 VERSION = 1
@@ -34,6 +34,30 @@ def dataset_paths(prefix: str | os.PathLike[str]) -> DatasetPaths:
     """Return the files of `prefix`; a dot inside the prefix is part of its name."""
     suffixes = (".bin", ".idx", ".json", ".tokenizer")
     return DatasetPaths(*(Path(os.fspath(prefix) + suffix) for suffix in suffixes))
+
+
+def require_files(prefix: str | os.PathLike[str]) -> None:
+    """Refuse a prefix without both of its files, and say what was probably meant.
+
+    Raises:
+        DataError: `.bin` or `.idx` is not there, or is no file.
+    """
+    prefix, paths = os.fspath(prefix), dataset_paths(prefix)
+    missing = [path for path in (paths.bin, paths.idx) if not path.is_file()]
+    if not missing:
+        return
+    if strange := [path for path in missing if path.exists() or path.is_symlink()]:
+        raise DataError(*(f"{path}: is {'a folder' if path.is_dir() else 'no regular file, or a link to none'}; a dataset "
+                          "has two files, .bin and .idx; put the file in its place" for path in strange))
+    stem, _, suffix = prefix.rpartition(".")
+    if suffix in ("bin", "idx", "json") and dataset_paths(stem).bin.is_file():
+        raise DataError(f"{prefix}: is one file of a dataset; a prefix has no suffix; write {stem}")
+    folder = paths.bin.parent
+    known = [path.name.removesuffix(".idx") for path in folder.glob("*.idx")] if folder.is_dir() else []
+    hint = closest(paths.idx.name.removesuffix(".idx"), known)
+    cure = "correct the prefix, or write the dataset with tools/preprocess_data.py"
+    cure = f"{cure}; {hint}" if hint else cure
+    raise DataError(*(f"{path}: does not exist; a dataset has .bin and .idx; {cure}" for path in missing))
 
 
 class Part(BaseModel):

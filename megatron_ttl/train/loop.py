@@ -70,6 +70,7 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
         while state.step < total_steps:
             # one step: micro batches forward and backward, gradients reduced, weights moved
             with watchdog.section("step"):
+                session.data_check.require_whole()
                 micro_batches = next(batches)
                 lr = session.schedule.at(state.step + 1)
                 if run.train.leaves_out(state.step + 1):
@@ -122,6 +123,9 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
             if asked_to_stop and state.step < total_steps:
                 session.say(f"stopped at step {state.step} with a checkpoint; the same command goes on from here")
                 return ExitCode.PREEMPTED
+    for prefix in session.data_check.unfinished:
+        session.say(f"note: the run was over before {prefix} was compared with its checksum; `tools/inspect_data.py "
+                    f"--verify --prefix {prefix}` does that")
     session.say(f"done: {total_steps} steps, {state.consumed_tokens:,} tokens; {session.folder.path}")
     return ExitCode.DONE
 

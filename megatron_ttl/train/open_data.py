@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ttl.config.schema import RunFile
+from megatron_ttl.console import progress
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset, require_apart
-from megatron_ttl.errors import DataError, UserError, raise_faults
+from megatron_ttl.errors import ConfigError, DataError, UserError, raise_faults
+from megatron_ttl.files import human_bytes
+from megatron_ttl.runtime import available_memory_bytes
 from megatron_ttl.train.energy import country_faults
 
 
@@ -38,6 +41,29 @@ def open_data(run: RunFile) -> tuple[CausalLMDataset, dict[str, HeldOutDataset]]
     raise_faults(DataError, faults)
     assert dataset is not None
     return dataset, held_out
+
+
+def preload(dataset: CausalLMDataset, processes: int) -> None:
+    """Read all training data into memory, and compare them with their checksums on the way.
+
+    Args:
+        dataset: what is trained on.
+        processes: how many of them on this machine do the same.
+
+    Raises:
+        ConfigError: that is more memory than there is.
+        DataError: a source was damaged, or cannot be read.
+    """
+    sizes = [source.token_count * source.dtype.itemsize for source in dataset.datasets]
+    needed, available = sum(sizes) * processes, available_memory_bytes()
+    if needed > available:
+        raise ConfigError(f"data_loader.preload: takes {human_bytes(needed)} for {processes} processes on this machine; "
+                          f"{human_bytes(available)} of memory are available; set it to false: the data are then read as "
+                          "they are needed")
+    with progress("reading the data into memory", sum(sizes), "B") as done:
+        for number, source in enumerate(dataset.datasets):
+            before = sum(sizes[:number])
+            source.preload(lambda read, before=before: done(before + read))
 
 
 def _tokenizer_faults(run: RunFile, dataset: CausalLMDataset, held_out: dict[str, HeldOutDataset]) -> list[str]:

@@ -15,6 +15,7 @@ from megatron_ttl.config.deepspeed import resolve_deepspeed
 from megatron_ttl.config.degrees import data_parallel_size_of, device_faults
 from megatron_ttl.config.load import Settings
 from megatron_ttl.config.schema import RunFile
+from megatron_ttl.data.background_check import BackgroundCheck
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
 from megatron_ttl.errors import ConfigError, UserError, raise_faults
 from megatron_ttl.files import free_bytes, human_bytes, require_free_space
@@ -27,7 +28,7 @@ from megatron_ttl.train.energy import EnergyMeter, carry_on
 from megatron_ttl.train.engine import Engine
 from megatron_ttl.train.failure import end_process
 from megatron_ttl.train.metrics import MetricLogger
-from megatron_ttl.train.open_data import open_data, tokenizer_directory
+from megatron_ttl.train.open_data import open_data, preload, tokenizer_directory
 from megatron_ttl.train.row_file import trim_rows
 from megatron_ttl.train.run_folder import RunFolder
 from megatron_ttl.train.run_lock import RunLock
@@ -74,6 +75,7 @@ class Session:
     replica_check_steps: int | None
     spikes: SpikeDetector
     nonfinite: NonFiniteSteps
+    data_check: BackgroundCheck
     state: TrainState = field(default_factory=TrainState)
 
     def say(self, line: str) -> None:
@@ -127,6 +129,7 @@ class Session:
 
     def close(self) -> None:
         """Give everything back."""
+        self.data_check.close()
         self.engine.close()
         self.folder.release()
 
@@ -148,6 +151,10 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     raise_faults(ConfigError, device_faults(settings, mesh.device.type == "cuda"))
     dataset, held_out = open_data(run)
     resolved = resolve_deepspeed(settings, data_parallel_size_of(settings, mesh.world_size))
+    if profile.reading.preload:
+        preload(dataset, int(mesh.largest(mesh.local_rank)) + 1)
+    checked = profile.reading.verify and mesh.local_rank == 0  # each machine has its own disk, or at least its own copy
+    data_check = BackgroundCheck([*dataset.datasets, *(h.dataset for h in held_out.values())] if checked else [])
     mesh = mesh.cut(profile.cut.tensor, profile.cut.pipeline, profile.cut.sequence)
     folder = RunFolder(settings, lock)
     checkpoint = _claim(folder, mesh)
@@ -166,7 +173,7 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     session = Session(run, mesh, folder, dataset, held_out, Schedule.of(run), engine, energy, metrics,
                       _saver(folder, mesh, watchdog), watchdog, profile.train_micro_batch_size_per_gpu,
                       profile.cut.replica_check_steps, SpikeDetector(run.log.spike_sigmas),
-                      NonFiniteSteps(run.train.max_nonfinite_steps))
+                      NonFiniteSteps(run.train.max_nonfinite_steps), data_check)
     if checkpoint is not None:
         _resume(session, checkpoint)
     _introduce(session, checkpoint)

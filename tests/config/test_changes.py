@@ -37,7 +37,7 @@ def test_the_table_names_keys_that_are_there_and_each_once():
     keys = set(named) - {f"{name}.*" for name in sections} - set(CONTENT_KEYS)
     assert keys <= values(RunFile) | values(DeepSpeedProfile)
     # A section is free as a whole only where no key of it can ever touch the curve.
-    assert sections == {"evaluation", "log", "energy", "checkpoint", "watchdog"}
+    assert sections == {"evaluation", "log", "energy", "checkpoint", "watchdog", "data_loader"}
 
 
 def in_force(settings, content=CONTENT):

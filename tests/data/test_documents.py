@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import random
 
 import pytest
 
-from megatron_ttl.data.documents import BadLine, DocumentReader, input_faults, parse_line, read_chunks
+from megatron_ttl.data import documents
+from megatron_ttl.data.documents import LONGEST_LINE, BadLine, DocumentReader, input_faults, parse_line, read_chunks
 from megatron_ttl.errors import DataError
 
 GOOD = {
@@ -70,6 +73,14 @@ BAD = {
     "low surrogate": (b'{"text": "\\udc00"}', "lone surrogate"),
     "reversed pair": (b'{"text": "\\udc4d\\ud83d"}', "lone surrogate"),
     "key twice": (b'{"text": "um", "text": "dois"}', "the key 'text' is given twice"),
+    "two objects, old line end": (b'{"text": "um"}\r{"text": "dois"}', "broken JSON"),
+    "comment": (b'// {"text": "um"}', "broken JSON"),
+    "key without quotes": (b'{text: "um"}', "broken JSON"),
+    "a Python literal": (b'{"text": "um", "ok": True}', "broken JSON"),
+    "raw tab": (b'{"text": "a\tb"}', "broken JSON"),
+    "utf-16 without a mark": ('{"text": "um"}'.encode("utf-16-le"), "broken JSON"),
+    "utf-16 with a mark": ('{"text": "um"}'.encode("utf-16"), "invalid UTF-8"),
+    "packed": (gzip.compress(b'{"text": "um"}', mtime=0).replace(b"\n", b""), "invalid UTF-8"),
 }
 
 
@@ -83,6 +94,18 @@ def test_documents(name):
 def test_bad_lines(name):
     line, reason = BAD[name]
     assert parse_line(line, "text") == BadLine(reason)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_lines_are_reported_with_file_line_and_byte(tmp_path, name):
+    line, reason = BAD[name]
+    before = [b'{"text": "p\xc3\xa3o"}\r\n', b"\n", b'{"text": "um"}\n']
+    for path, pack in ((tmp_path / "a.jsonl", bytes), (tmp_path / "b.jsonl.gz", gzip.compress)):
+        path.write_bytes(pack(b"".join([*before, line, b"\n", before[0]])))
+        reader = DocumentReader([path], max_bad_fraction=1)
+        assert list(reader) == ["pão", "um", "pão"]
+        assert reader.bad_lines == [f"{path}:4:{sum(map(len, before))}: {reason}; every line must be an object with a text "
+                                    "under 'text'; repair or remove it"]
 
 
 @pytest.mark.parametrize("line", [b"", b"\n", b"\r\n", b"  \t \r\n", b"\xef\xbb\xbf\n"])
@@ -143,9 +166,10 @@ def test_a_packed_file_cut_short_is_an_error_with_its_line(tmp_path, share, chun
     packed = gzip.compress(b"".join(lines))
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(packed[: int(share * len(packed))])
-    with pytest.raises(DataError, match=r"a.jsonl.gz:\d+: the packed file ends in the middle; it must be whole") as caught:
+    with pytest.raises(DataError, match=r"gz:\d+:\d+: the packed file ends in the middle; it must be whole") as caught:
         list(read_chunks(path, chunk_bytes))
-    line = int(str(caught.value).split(".gz:")[1].split(":")[0])
+    line, byte = map(int, str(caught.value).split(".gz:")[1].split(":")[:2])
+    assert byte == len(b"".join(lines[: line - 1]))
     assert abs(line - share * 20_000) < 0.05 * 20_000, "the line is where the bytes end"
 
 
@@ -155,21 +179,56 @@ def test_a_damaged_packed_file_is_an_error_with_its_line(tmp_path):
     packed[middle : middle + 50] = b"\xff" * 50
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(packed)
-    with pytest.raises(DataError, match=r"a.jsonl.gz:\d+: the packed file is damaged \("):
+    with pytest.raises(DataError, match=r"a.jsonl.gz:\d+:\d+: the packed file is damaged \("):
         list(read_chunks(path, 1000))
     path.write_bytes(gzip.compress(LINES[1])[:-8] + b"\0" * 8)
-    with pytest.raises(DataError, match=r"a.jsonl.gz:2: the packed file is damaged \(CRC check failed"):
+    with pytest.raises(DataError, match=rf"a.jsonl.gz:2:{len(LINES[1])}: the packed file is damaged \(CRC check failed"):
         list(read_chunks(path))
 
 
 def test_a_file_of_another_kind_is_an_error(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(LINES[1])
-    with pytest.raises(DataError, match="a.jsonl.gz: is named .gz and is not packed with gzip"):
+    with pytest.raises(DataError, match="a.jsonl.gz:1:0: is named .gz and is not packed with gzip"):
         list(read_chunks(tmp_path / "a.jsonl.gz"))
     for encoding in ("utf-16-le", "utf-16-be"):
         (tmp_path / "b.jsonl").write_bytes("\ufeff{}".encode(encoding))
-        with pytest.raises(DataError, match="b.jsonl: is UTF-16; it must be UTF-8; convert it"):
+        with pytest.raises(DataError, match="b.jsonl:1:0: is UTF-16; it must be UTF-8; convert it"):
             list(read_chunks(tmp_path / "b.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_of_more_than_64_megabytes_is_an_error(tmp_path, name):
+    """A file without line ends, or a packed bomb: it is not read into memory whole."""
+    line = b'{"text": "' + b"x" * (LONGEST_LINE - 13) + b'"}\n'
+    assert len(line) == LONGEST_LINE
+    for more, lines in (b"", 3), (b" ", None):
+        payload = LINES[1] + more + line + LINES[2]
+        (tmp_path / name).write_bytes(gzip.compress(payload, 1) if name.endswith(".gz") else payload)
+        if lines:
+            assert sum(len(chunk.lines) for chunk in read_chunks(tmp_path / name)) == lines
+        else:
+            with pytest.raises(DataError, match=f"{name}:2:{len(LINES[1])}: is longer than 64 MiB; a line is one document"):
+                list(read_chunks(tmp_path / name))
+
+
+def test_a_disk_that_fails_is_an_error_with_its_place(tmp_path, monkeypatch):
+    """The chunk in which it failed: from there on nothing is known."""
+    (tmp_path / "a.jsonl").write_bytes(b"".join(LINES))
+
+    class Failing:
+        def __init__(self, handle):
+            self.handle = handle
+
+        def readline(self, size):
+            if self.handle.tell() > 20_000:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return self.handle.readline(size)
+
+    monkeypatch.setattr(documents, "_unpacked", lambda packed, head: Failing(packed))
+    with pytest.raises(DataError, match=r"a.jsonl:\d+:\d+: cannot be read .Input/output error.; it must be") as caught:
+        list(read_chunks(tmp_path / "a.jsonl", chunk_bytes=1000))
+    line, byte = map(int, str(caught.value).split(".jsonl:")[1].split(":")[:2])
+    assert byte == len(b"".join(LINES[: line - 1])) and 19_000 < byte <= 20_100
 
 
 def test_all_faults_of_the_inputs_are_named_at_once(tmp_path):
@@ -211,6 +270,7 @@ def test_the_reader_refuses_a_corpus_with_too_many_bad_lines_at_its_end(tmp_path
     with pytest.raises(DataError, match=r"9 of 10 lines are no documents \(8 x broken JSON, 1 x the text is a number\); at "
                                         "most 50 % may be; .*--max-bad-fraction") as caught:
         texts.extend(reader)
-    assert caught.value.faults[0].endswith("repair or remove it") and "a.jsonl:2: the text is a number" in str(caught.value)
+    assert caught.value.faults[0].endswith("repair or remove it")
+    assert "a.jsonl:2:15: the text is a number" in str(caught.value)
     assert len(caught.value.faults) == 6, "the first five bad lines and the sum"
     assert list(DocumentReader([tmp_path / "a.jsonl"], max_bad_fraction=0.9)) == ["um"], "at the threshold is allowed"

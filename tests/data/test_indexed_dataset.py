@@ -224,17 +224,18 @@ def flipped(payload, place, draw):
     return payload[:place] + bytes([payload[place] ^ 1 << draw.randrange(8)]) + payload[place + 1 :]
 
 
-def test_flipped_ids_are_found_by_verify(tmp_path):
-    """Sixty flips in the payload: opening, which reads none, cannot know; verify names the file each time."""
+def test_flipped_ids_are_found(tmp_path):
+    """Sixty flips in the payload: opening and verifying name the file each time; to look at the damage one may open it."""
     write(tmp_path / "a", some_documents(200))
     path, draw = tmp_path / "a.bin", random.Random(1)
     payload = path.read_bytes()
     for _ in range(60):
         place = draw.randrange(len(payload))
         path.write_bytes(flipped(payload, place, draw))
-        IndexedDataset(tmp_path / "a")
-        with pytest.raises(DataError, match="a.bin: its checksum is xxh3:[0-9a-f]{32}; the manifest says"):
-            IndexedDataset(tmp_path / "a", verify=True)
+        assert not IndexedDataset(tmp_path / "a", verify=False).verified
+        for verify in (None, True):
+            with pytest.raises(DataError, match="a.bin: its checksum is xxh3:[0-9a-f]{32}; the manifest a.json says xxh3:"):
+                IndexedDataset(tmp_path / "a", verify=verify)
 
 
 def test_files_of_two_datasets_do_not_pass_for_one(tmp_path):

@@ -198,7 +198,7 @@ def test_a_packed_file_cut_short_commits_nothing(tokenizer, inputs, tmp_path):
     packed = inputs[1].read_bytes()
     inputs[1].write_bytes(packed[: len(packed) // 2])
     for workers in (1, 2):
-        with pytest.raises(DataError, match=r"b.jsonl.gz:\d+: the packed file ends in the middle"):
+        with pytest.raises(DataError, match=r"b.jsonl.gz:\d+:\d+: the packed file ends in the middle"):
             preprocess(inputs, tmp_path / "out" / "pt", EncodeSettings(str(tokenizer)), workers=workers)
         assert not list((tmp_path / "out").iterdir())
 

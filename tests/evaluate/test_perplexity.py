@@ -15,6 +15,7 @@ from megatron_ttl.data.causal_lm_dataset import HeldOutDataset
 from megatron_ttl.data.indexed_dataset import IndexedDataset
 from megatron_ttl.errors import CheckpointError, DataError, UserError
 from megatron_ttl.evaluate.perplexity import held_out_loss, perplexity_report
+from megatron_ttl.files import checksum
 from megatron_ttl.kernels.cross_entropy import cross_entropy_reference
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
@@ -226,6 +227,9 @@ def test_ids_without_a_row_are_refused(model_folder, prefix, tmp_path):
     payload = bytearray((tmp_path / "bad.bin").read_bytes())
     payload[40:42] = (400).to_bytes(2, "little")
     (tmp_path / "bad.bin").write_bytes(payload)
+    manifest = json.loads((tmp_path / "bad.json").read_text())  # as a wrong writer would leave it
+    manifest["bin"]["checksum"] = checksum(tmp_path / "bad.bin")
+    (tmp_path / "bad.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="bad: holds id 400; .* has 350 rows, every id must be below"):
         perplexity_report(model_folder, [tmp_path / "bad"], device="cpu")
 

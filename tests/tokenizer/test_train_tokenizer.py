@@ -257,5 +257,5 @@ def test_the_tool_names_all_missing_files_and_bad_lines(repository, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "um"}\n{"text": 3}\n{broken\n')
     done = run_tool(repository, "--input", tmp_path / "a.jsonl", "--output", tmp_path / "t")
     assert done.returncode == 2 and not (tmp_path / "t").exists()
-    assert "a.jsonl:2: the text is a number" in done.stderr and "a.jsonl:3: broken JSON" in done.stderr
+    assert "a.jsonl:2:15: the text is a number" in done.stderr and "a.jsonl:3:27: broken JSON" in done.stderr
     assert "2 of 3 lines are no documents" in done.stderr
