@@ -25,14 +25,12 @@ from megatron_ttl.model.flops import (
 from megatron_ttl.plan.layout_picture import describe_layout, print_layout
 from megatron_ttl.train.changed_settings import CHANGE_HEADER, changes_for_a_dry_run
 from megatron_ttl.train.device_peaks import peak_flops_per_s
+from megatron_ttl.train.ledger import MAX_USEFUL_EPOCHS, planned_table
 from megatron_ttl.train.open_data import open_data
 from megatron_ttl.train.schedule import Schedule
 
 ASSUMED_MFU = 0.40
-MAX_USEFUL_EPOCHS = 4
-"""Source: Muennighoff et al. 2023, section 6: repeating data up to four times costs next to nothing."""
-
-_NEEDED_TO_OPEN_DATA = ("data.sources", "train.sequence_length", "model.vocab_size", "run.seed",
+_NEEDED_TO_OPEN_DATA = ("data.sources", "data.stages", "train.sequence_length", "model.vocab_size", "run.seed",
                         "evaluation.prefixes", "evaluation.max_tokens")
 
 BOARD_POWER_W = {"A100": 400, "H100": 700, "H200": 700}
@@ -79,7 +77,9 @@ def forecast(settings: Settings, world_size: int) -> dict[str, Any]:
         "checkpoints_at_once_bytes": _checkpoints_at_once(run) * BYTES_PER_PARAMETER * parameters,
     }
     result |= _duration(settings.device, result["flops"], world_size)
-    result["epochs"] = _epochs(run, tokens)
+    result["mixture"] = planned_table(run, _tokens_per_epoch(run))
+    result["epochs"] = {prefix: row["epochs"] for prefix, row in result["mixture"]["sources"].items()
+                        if row["epochs"] is not None}
     result["layout"] = describe_layout(settings, world_size)
     return result
 
@@ -103,15 +103,10 @@ def _duration(device: str | None, flops: float, world_size: int) -> dict[str, An
     return result
 
 
-def _epochs(run: RunFile, tokens: int) -> dict[str, float]:
-    """Return how often each source is read, where its manifest is there."""
-    total_weight = sum(source.weight for source in run.data.sources)
-    epochs = {}
-    for source in run.data.sources:
-        manifest = _manifest(source.prefix)
-        if manifest is not None and manifest.tokens:
-            epochs[source.prefix] = tokens * source.weight / total_weight / manifest.tokens
-    return epochs
+def _tokens_per_epoch(run: RunFile) -> dict[str, int]:
+    """Return the tokens of each source whose manifest is there."""
+    manifests = {source.prefix: _manifest(source.prefix) for source in run.data.sources}
+    return {prefix: manifest.tokens for prefix, manifest in manifests.items() if manifest is not None}
 
 
 def _manifest(prefix: str) -> DatasetManifest | None:
@@ -157,7 +152,7 @@ def print_forecast(result: dict[str, Any], as_json: bool) -> None:
     """Print a forecast for people or for programs."""
     if not as_json:
         result = dict(result)
-        picture = result.pop("layout")
+        picture, mixture = result.pop("layout"), result.pop("mixture")
         if changes := result.pop("changes", None):
             print_table(CHANGE_HEADER, [row.values() for row in changes],
                         title="changed since the run was last started")
@@ -170,4 +165,16 @@ def print_forecast(result: dict[str, Any], as_json: bool) -> None:
             result[f"epochs of {prefix}"] = f"{epochs:.2f}{warning if epochs > MAX_USEFUL_EPOCHS else ''}"
     print_result(result, as_json, title="what this run will take")
     if not as_json:
+        _print_mixture(mixture)
         print_layout(picture)
+
+
+def _print_mixture(mixture: dict[str, Any]) -> None:
+    """Print stages and sources, where there is more than one of either."""
+    rows = [(number, f"{stage['from_token']:,}", prefix, f"{row['asked_share']:.2%}", f"{row['tokens']:,}",
+             "-" if row["epochs"] is None else f"{row['epochs']:.2f}",
+             f"{stage['within_a_thousandth_after_tokens']:,}" if len(stage["sources"]) > 1 else "0")
+            for number, stage in enumerate(mixture["stages"], 1) for prefix, row in stage["sources"].items()]
+    if len(rows) > 1:
+        print_table(("stage", "from token", "source", "share", "tokens", "epochs", "within 0.1 % after tokens"), rows,
+                    title="what it will draw")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ttl.config.schema import RunFile
+from megatron_ttl.config.stages import stages_of
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset, require_apart
 from megatron_ttl.errors import DataError, UserError, raise_faults
 from megatron_ttl.train.energy import country_faults
@@ -20,7 +21,8 @@ def open_data(run: RunFile) -> tuple[CausalLMDataset, dict[str, HeldOutDataset]]
     dataset: CausalLMDataset | None = None
     try:
         dataset = CausalLMDataset([(source.prefix, source.weight) for source in run.data.sources],
-                                  run.train.sequence_length, run.run.seed)
+                                  run.train.sequence_length, run.run.seed,
+                                  stages_of(run.data) if run.data.stages else ())
     except UserError as error:
         faults += error.faults
     held_out = {}

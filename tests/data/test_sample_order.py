@@ -10,7 +10,8 @@ from tiny_folder import documents, write_dataset, write_tokenizer
 
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
 from megatron_ttl.data.indexed_dataset import IndexedDataset
-from megatron_ttl.data.order import EpochOrder, Mixture, permute, permute_many
+from megatron_ttl.data.mixture import Mixture
+from megatron_ttl.data.order import EpochOrder, permute, permute_many
 from megatron_ttl.data.sampler import StepBatches
 from megatron_ttl.errors import DataError
 
