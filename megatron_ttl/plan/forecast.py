@@ -13,7 +13,7 @@ from megatron_ttl.config.degrees import data_parallel_size_of
 from megatron_ttl.config.load import Settings, read_settings
 from megatron_ttl.config.schema import EnergyConfig, RunFile
 from megatron_ttl.console import print_result, print_table
-from megatron_ttl.data.manifest import DatasetManifest, dataset_paths, read_manifest
+from megatron_ttl.data.causal_lm_dataset import CausalLMDataset
 from megatron_ttl.errors import ConfigError, UserError, raise_faults
 from megatron_ttl.files import human_bytes, require_free_space
 from megatron_ttl.model.flops import (
@@ -40,8 +40,13 @@ Source: NVIDIA data sheets.
 """
 
 
-def forecast(settings: Settings, world_size: int) -> dict[str, Any]:
+def forecast(settings: Settings, world_size: int, dataset: CausalLMDataset | None = None) -> dict[str, Any]:
     """Return what the run will take on so many processes.
+
+    Args:
+        settings: from `load_settings`.
+        world_size: number of processes.
+        dataset: the run's; without it nobody knows how often its sources will be read.
 
     Raises:
         ConfigError: the degrees do not divide the processes, or micro batches the step.
@@ -77,7 +82,7 @@ def forecast(settings: Settings, world_size: int) -> dict[str, Any]:
         "checkpoints_at_once_bytes": _checkpoints_at_once(run) * BYTES_PER_PARAMETER * parameters,
     }
     result |= _duration(settings.device, result["flops"], world_size)
-    result["mixture"] = planned_table(run, _tokens_per_epoch(run))
+    result["mixture"] = planned_table(run, dataset.samples_per_epoch if dataset else None)
     result["epochs"] = {prefix: row["epochs"] for prefix, row in result["mixture"]["sources"].items()
                         if row["epochs"] is not None}
     result["layout"] = describe_layout(settings, world_size)
@@ -103,19 +108,6 @@ def _duration(device: str | None, flops: float, world_size: int) -> dict[str, An
     return result
 
 
-def _tokens_per_epoch(run: RunFile) -> dict[str, int]:
-    """Return the tokens of each source whose manifest is there."""
-    manifests = {source.prefix: _manifest(source.prefix) for source in run.data.sources}
-    return {prefix: manifest.tokens for prefix, manifest in manifests.items() if manifest is not None}
-
-
-def _manifest(prefix: str) -> DatasetManifest | None:
-    try:
-        return read_manifest(dataset_paths(prefix).manifest)
-    except (UserError, OSError):
-        return None
-
-
 def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
             overrides: Sequence[str], world_size: int, allow_changes: Sequence[str] = (),
             skip_steps: Sequence[str] = ()) -> dict[str, Any]:
@@ -131,9 +123,10 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
     if any(": energy" in fault for fault in faults):
         # Said already; it must neither be said again nor hide what is wrong with the data.
         run = run.model_copy(update={"energy": EnergyConfig(enabled=False)})
+    dataset: CausalLMDataset | None = None
     if reading.wrong.isdisjoint(_NEEDED_TO_OPEN_DATA):
         try:
-            open_data(run)
+            dataset, _ = open_data(run)
         except UserError as error:
             faults += [fault for fault in error.faults if fault not in faults]
     changes: list[Change] = []
@@ -141,7 +134,7 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
         changes, more = changes_for_a_dry_run(reading.settings)
         faults += more
     raise_faults(ConfigError, faults)
-    result = forecast(reading.settings, world_size)
+    result = forecast(reading.settings, world_size, dataset)
     if changes:
         result["changes"] = [dict(zip(CHANGE_HEADER, change.row, strict=True)) for change in changes]
     require_free_space(Path(run.run.dir), result["checkpoints_at_once_bytes"], "all checkpoints of the run")

@@ -82,8 +82,7 @@ class Ledger:
         s = self._run.train.sequence_length
         return {"consumed_tokens": consumed_samples * s,
                 "left_out_tokens": sum(stop - first for first, stop in self.left_out) * s,
-                **_table(self._run, self._mixture, self._by_stage(consumed_samples),
-                         {prefix: size * s for prefix, size in self._sizes.items()})}
+                **_table(self._run, self._mixture, self._by_stage(consumed_samples), list(self._sizes.values()))}
 
     def _by_stage(self, consumed_samples: int) -> list[list[int]]:
         """Return the samples that the run learnt from; what was left out lies before.  # [stages][sources]"""
@@ -91,36 +90,35 @@ class Ledger:
                 for stage in zip(self._mixture.counts_by_stage(consumed_samples), self._passed, strict=True)]
 
 
-def planned_table(run: RunFile, tokens_per_epoch: Mapping[str, int]) -> dict[str, Any]:
+def planned_table(run: RunFile, samples_per_epoch: Sequence[int] | None = None) -> dict[str, Any]:
     """Return what the whole run will draw, by stage and source.
 
     Args:
         run: without faults.
-        tokens_per_epoch: of each prefix, as far as it is known.
+        samples_per_epoch: of each source; absent: not known.
     """
     s = run.train.sequence_length
     mixture = StagedMixture([(until and until // s, weights) for until, weights in stages_of(run.data)])
-    return _table(run, mixture, mixture.counts_by_stage(run.total_steps * run.samples_per_step), tokens_per_epoch)
+    return _table(run, mixture, mixture.counts_by_stage(run.total_steps * run.samples_per_step), samples_per_epoch)
 
 
-def _table(run: RunFile, mixture: StagedMixture, drawn: Sequence[Sequence[int]], tokens_per_epoch: Mapping[str, int]
+def _table(run: RunFile, mixture: StagedMixture, drawn: Sequence[Sequence[int]], samples_per_epoch: Sequence[int] | None
            ) -> dict[str, Any]:
-    s, prefixes = run.train.sequence_length, [source.prefix for source in run.data.sources]
+    s, sources = run.train.sequence_length, run.data.sources
+    sizes = samples_per_epoch or [None] * len(sources)
 
-    def row(prefix: str, samples: int) -> dict[str, Any]:
-        size = tokens_per_epoch.get(prefix)
-        return {"tokens": samples * s, "epochs": samples * s / size if size else None}
+    def row(samples: int, size: int | None) -> dict[str, Any]:
+        return {"tokens": samples * s, "epochs": samples / size if size else None}
 
-    totals = [sum(counts) for counts in zip(*drawn, strict=True)]
-    sources = {source.prefix: {"name": name_of(source), "tokens_per_epoch": tokens_per_epoch.get(source.prefix),
-                               **row(source.prefix, total)}
-               for source, total in zip(run.data.sources, totals, strict=True)}
     stages = []
     for stage, begin, counts in zip(mixture.stages, mixture.begins, drawn, strict=True):
         total = sum(counts)
         stages.append({"from_token": begin * s, "tokens": total * s,
                        "within_a_thousandth_after_tokens": stage.samples_until_within(_THOUSANDTH) * s,
-                       "sources": {prefix: {"asked_share": float(asked), "share": count / total if total else None,
-                                            **row(prefix, count)}
-                                   for prefix, asked, count in zip(prefixes, stage.shares, counts, strict=True)}})
-    return {"sources": sources, "stages": stages}
+                       "sources": {source.prefix: {"asked_share": float(asked), "share": count / total if total else None,
+                                                   **row(count, size)}
+                                   for source, asked, count, size in zip(sources, stage.shares, counts, sizes, strict=True)}})
+    totals = [sum(counts) for counts in zip(*drawn, strict=True)]
+    return {"sources": {source.prefix: {"name": name_of(source), "tokens_per_epoch": size and size * s, **row(total, size)}
+                        for source, total, size in zip(sources, totals, sizes, strict=True)},
+            "stages": stages}

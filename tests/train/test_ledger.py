@@ -77,13 +77,13 @@ def test_each_source_is_named_once_when_it_is_read_too_often():
 def test_plan_and_outcome_have_one_shape():
     """The forecast of a run is the table at its end; what a stage will not reach is 0; unknown sizes have no epochs."""
     run, ledger, _ = run_and_ledger()
-    planned = planned_table(run, {prefix: 32 * size for prefix, size in SIZES.items()})
+    planned = planned_table(run, list(SIZES.values()))
     realised = ledger.table(320)
     assert planned == {key: realised[key] for key in planned}
     assert [stage["from_token"] for stage in planned["stages"]] == [0, 60 * 32, 90 * 32]
     assert planned["stages"][1]["sources"]["data/wiki"] == {"asked_share": 2 / 3, "share": 20 / 30, "tokens": 640,
                                                             "epochs": 20 / 7}
-    short = planned_table(run_and_ledger(steps=5)[0], {})
+    short = planned_table(run_and_ledger(steps=5)[0])
     assert [stage["tokens"] for stage in short["stages"]] == [40 * 32, 0, 0]
     assert short["sources"]["data/pt"] == {"name": "pt", "tokens_per_epoch": None, "tokens": 20 * 32, "epochs": None}
     assert short["stages"][2]["sources"]["data/pt"]["share"] is None

@@ -148,6 +148,8 @@ def test_too_many_epochs_are_said_before_at_the_start_and_once_when_it_comes_to_
     assert (first.count(at_start), first.count(at_step)) == (1, 1)
     assert (second.count(at_start), second.count(at_step)) == (1, 0)
     assert f"{data}/train will" not in first
+    table = json.loads((tmp_path / "run/mixture.json").read_text())
+    assert {key: table[key] for key in plan["mixture"]} == plan["mixture"], "what was planned is what came"
     (row,) = rows(tmp_path / "run", "repeated")
     before = [r["epochs"][f"{data}/small"] for r in rows(tmp_path / "run") if r["step"] == row["step"] - 1]
     assert row["source"] == f"{data}/small" and before[0] <= 4 < row["epochs"][f"{data}/small"]
