@@ -219,8 +219,9 @@ def _data_changes(old: dict[str, Any], new: dict[str, Any], before: InForce, now
     if not isinstance(old[sources], list) or len(old[sources]) > len(new[sources]):
         return [*found, Change(sources, old[sources], new[sources], *(rule_of(sources) or _UNCLASSIFIED))]
     if len(old[sources]) < len(new[sources]):  # what was drawn so far is known to be the same where this may be
-        told = (verdict, "no sample so far is of the sources that are added") if verdict != "forbidden" else (
-            rule_of(sources) or _UNCLASSIFIED)
+        told = rule_of(sources) or _UNCLASSIFIED
+        if verdict != "forbidden":
+            told = "allowed", "no sample so far is of the sources that are added"
         found.append(Change(sources, old[sources], new[sources], *told))
     return found + _source_changes(old[sources], new[sources], before, now)
 

@@ -123,6 +123,20 @@ def test_a_stage_is_added_to_a_run_and_none_is_changed_behind_it(tmp_path, data)
     assert (change["field"], change["step"], change["verdict"]) == ("data.stages", 6, "confirmed")
 
 
+def test_a_source_is_added_to_a_run_and_to_a_branch(tmp_path, data):
+    """Begun without stages on one source; its checkpoint is also where a decay on another mixture branches off."""
+    begun = [*GENTLE, f'data.sources=[{{prefix="{data}/train"}}]']
+    added = staged(data, (1536, 1, 0), (None, 1, 1))
+    assert launch(tmp_path, data, "run", begun, 6) == [85]
+    branch = [*added, f"run.start_from={tmp_path}/run/checkpoints/step-00000006"]
+    assert launch(tmp_path, data, "branch", branch) == [0]
+    assert launch(tmp_path, data, "run", added, None, ("data.stages",)) == [0]
+    assert same_tensors(tmp_path / "run", tmp_path / "branch", 12)
+    assert record(tmp_path / "run")["drawn_tokens"] == {f"{data}/train": 72 * 32, f"{data}/small": 24 * 32}
+    behind = [*staged(data, (1504, 1, 0), (None, 1, 1)), *branch[-1:]]
+    assert "data.stages: is [" in launch(tmp_path, data, "other", behind)[0]
+
+
 def test_what_is_left_out_is_in_no_ledger(tmp_path, data):
     """Two steps of the second stage; a resumed run still knows them, and the sources go on behind them."""
     overrides, skips = staged(data, *THREE), ["5-6"]
