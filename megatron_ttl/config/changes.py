@@ -240,7 +240,8 @@ def _stage_verdict(old: dict[str, Any], new: dict[str, Any], before: InForce) ->
     if read is None or begin < read:
         return "forbidden", ((rule_of("data.sources") or _UNCLASSIFIED)[1] + (
             f"; the run has read {read:,} tokens: let the stage that it is in end there, and add one" if read else ""))
-    if begin >= _in_steps(old, "train.steps") * (old["train.tokens_per_step"] or 0):
+    planned = _in_steps(old, "train.steps") * (old["train.tokens_per_step"] or 0)
+    if planned and begin >= planned:
         return "allowed", "it says what comes after the end that the run had so far"
     return rule_of("data.stages") or _UNCLASSIFIED
 

@@ -113,11 +113,12 @@ def _table(run: RunFile, mixture: StagedMixture, drawn: Sequence[Sequence[int]],
     stages = []
     for stage, begin, counts in zip(mixture.stages, mixture.begins, drawn, strict=True):
         total = sum(counts)
-        stages.append({"from_token": begin * s, "tokens": total * s,
-                       "within_a_thousandth_after_tokens": stage.samples_until_within(_THOUSANDTH) * s,
-                       "sources": {source.prefix: {"asked_share": float(asked), "share": count / total if total else None,
-                                                   **row(count, size)}
-                                   for source, asked, count, size in zip(sources, stage.shares, counts, sizes, strict=True)}})
+        stages.append({
+            "from_token": begin * s, "tokens": total * s,
+            "within_a_thousandth_after_tokens": stage.samples_until_within(_THOUSANDTH) * s,
+            "sources": {source.prefix: {"asked_share": float(asked), "share": count / total if total else None,
+                                        **row(count, size)}
+                        for source, asked, count, size in zip(sources, stage.shares, counts, sizes, strict=True)}})
     totals = [sum(counts) for counts in zip(*drawn, strict=True)]
     return {"sources": {source.prefix: {"name": name_of(source), "tokens_per_epoch": size and size * s, **row(total, size)}
                         for source, total, size in zip(sources, totals, sizes, strict=True)},

@@ -124,7 +124,7 @@ class RunFolder:
                     copy_tokenizer(tokenizer, folder)
 
     def write_mixture(self, table: dict[str, Any]) -> None:
-        """Write what was drawn of the data, for people: the checkpoints know it too, so a full disk costs this file alone."""
+        """Write what was drawn of the data, for people; checkpoints know it too, so a full disk costs this file alone."""
         try:
             write_json(self.path / _MIXTURE, table)
         except OSError as error:
@@ -189,5 +189,5 @@ def _branch_faults(parent: Checkpoint, settings: Settings) -> list[str]:
 
 
 def _is_pairs(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair)
-                                           for pair in value)
+    return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2
+                                           and all(type(end) is int for end in pair) for pair in value)

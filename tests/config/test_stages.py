@@ -130,7 +130,7 @@ def test_a_run_without_stages_may_get_some(tmp_path):
     begin = stage("pt = 0.6, instruct = 0.4", 6_400)
     assert told(tmp_path, "", begin + SECOND, 6_400, sources=WEIGHED, now_sources=TWO) == {"data.stages": "confirm"}
     assert told(tmp_path, "", begin + SECOND, 6_464, sources=WEIGHED, now_sources=TWO) == {"data.stages": "forbidden"}
-    assert told(tmp_path, "", THIRD.replace("instruct = 1", "instruct = 1.0"), 64, now_sources=TWO) == {"data.stages": "allowed"}
+    assert told(tmp_path, "", THIRD, 64) == {"data.stages": "allowed"}
     three = TWO.replace(" }]", ' }, { prefix = "data/web" }]')
     added = stage("pt = 0.6, instruct = 0.4, web = 0", 6_400) + stage("pt = 0, instruct = 1, web = 1")
     for read, verdicts in ((6_400, ("confirm", "allowed")), (6_464, ("forbidden", "forbidden"))):
