@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from megatron_ttl.config.deepspeed import DeepSpeedProfile
 from megatron_ttl.config.describe import known_keys, leaf_keys, show, walk
-from megatron_ttl.config.schema import RunFile
+from megatron_ttl.config.schema import DataConfig, RunFile
+from megatron_ttl.config.stages import first_difference
 from megatron_ttl.config.suggest import did_you_mean, nearest_keys
 from megatron_ttl.config.validate import without_indices
 
@@ -36,6 +38,9 @@ _TABLE: tuple[tuple[Verdict, str, str], ...] = (  # verdict, why, keys; `section
      "model.tie_word_embeddings"),
     ("forbidden", "the data position counts samples of these sources, weights and order", "data.sources "
      "data.sources[].weight data.sources[].prefix"),
+    ("allowed", "stages say by it what they draw, and nothing else does", "data.sources[].name"),
+    ("confirm", "later samples come from other sources (each goes on where it stands)", "data.stages "
+     "data.stages[].until_tokens data.stages[].weights"),
     ("forbidden", "the data position counts samples of the tokens that were there", "data.sources[].content"),
     ("forbidden", "the ids of the data would mean other pieces than those the weights know", "data.tokenizer"),
     ("forbidden", "the data position counts samples of this length", "train.sequence_length"),
@@ -86,6 +91,8 @@ class InForce:
     """None: not known."""
     content: Mapping[str, str]
     """Checksums by `data.sources[0].content` and `data.tokenizer`; what is missing is not known."""
+    consumed_tokens: int | None = None
+    """How far the run has read; None: not known, so that nothing that it may have read can be another."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ def compare(before: InForce, now: InForce, confirmed: Iterable[str] = ()) -> lis
         confirmed: keys and sections whose change was asked for.
     """
     old, new = _flat(RunFile, before.run), _flat(RunFile, now.run)
-    found = _run_changes(old, new, before.content, now.content)
+    found = _run_changes(old, new, before, now)
     found += [Change(key, value, None, *_UNKNOWN) for key, value in _strangers(RunFile, before.run)]
     if before.profile is not None and now.profile is not None:
         found += _profile_changes(_flat(DeepSpeedProfile, before.profile), _flat(DeepSpeedProfile, now.profile))
@@ -179,13 +186,12 @@ def _covers(name: str, key: str) -> bool:
     return key == name or key.startswith((f"{name}.", f"{name}["))
 
 
-def _run_changes(old: dict[str, Any], new: dict[str, Any], old_content: Mapping[str, str],
-                 new_content: Mapping[str, str]) -> list[Change]:
+def _run_changes(old: dict[str, Any], new: dict[str, Any], before: InForce, now: InForce) -> list[Change]:
     found = []
     for key in old:
         if key == "data.sources":
-            found += _source_changes(old[key], new[key], old_content, new_content)
-        elif old[key] != new[key]:
+            found += _data_changes(old, new, before, now)
+        elif old[key] != new[key] and key != "data.stages":
             verdict, why = rule_of(key) or _UNCLASSIFIED
             steps = key if key in _IN_STEPS else _IN_TOKENS.get(key)
             if steps is not None and _in_steps(old, steps) == _in_steps(new, steps):
@@ -196,28 +202,74 @@ def _run_changes(old: dict[str, Any], new: dict[str, Any], old_content: Mapping[
                 why = (f"the steps so far had {show(old[key])} tokens, and lengths in tokens are divided by "
                        f"tokens_per_step as if all had {show(new[key])} (to change it, turn {' and '.join(in_tokens)})")
             found.append(Change(key, old[key], new[key], verdict, why))
-    for key in sorted(old_content):
-        if key in new_content and old_content[key] != new_content[key]:
-            found.append(Change(key, old_content[key], new_content[key], *(rule_of(key) or _UNCLASSIFIED)))
+    for key in sorted(before.content):
+        if key in now.content and before.content[key] != now.content[key]:
+            found.append(Change(key, before.content[key], now.content[key], *(rule_of(key) or _UNCLASSIFIED)))
     return found
 
 
-def _source_changes(old: Any, new: Any, old_content: Mapping[str, str], new_content: Mapping[str, str]
-                    ) -> list[Change]:
-    """Compare lists of sources: by content where it is known, and by shares, for 1 and 1 are 2 and 2."""
+def _data_changes(old: dict[str, Any], new: dict[str, Any], before: InForce, now: InForce) -> list[Change]:
+    """Compare sources one by one, and what is drawn of them: by their weights, or by stages where there are any."""
+    sources, stages = "data.sources", "data.stages"
+    if not old[stages] and not new[stages]:
+        if not isinstance(old[sources], list) or len(old[sources]) != len(new[sources]):
+            return [Change(sources, old[sources], new[sources], *(rule_of(sources) or _UNCLASSIFIED))]
+        return _source_changes(old[sources], new[sources], before, now) + _weight_changes(old[sources], new[sources])
+    verdict, why = _stage_verdict(old, new, before)
+    found = [Change(stages, old[stages], new[stages], verdict, why)] if old[stages] != new[stages] or why else []
+    if not isinstance(old[sources], list) or len(old[sources]) > len(new[sources]):
+        return [*found, Change(sources, old[sources], new[sources], *(rule_of(sources) or _UNCLASSIFIED))]
+    if len(old[sources]) < len(new[sources]):  # what was drawn so far is known to be the same where this may be
+        told = rule_of(sources) or _UNCLASSIFIED
+        if verdict != "forbidden":
+            told = "allowed", "no sample so far is of the sources that are added"
+        found.append(Change(sources, old[sources], new[sources], *told))
+    return found + _source_changes(old[sources], new[sources], before, now)
+
+
+def _stage_verdict(old: dict[str, Any], new: dict[str, Any], before: InForce) -> tuple[Verdict, str]:
+    """Say whether the samples that were read would be others, or some that were planned, or none of them."""
+    try:
+        was, is_now = (DataConfig.model_validate_json(json.dumps({"sources": flat["data.sources"], "stages":
+                                                                  flat["data.stages"]})) for flat in (old, new))
+    except (ValidationError, TypeError, ValueError):
+        return _UNKNOWN
+    begin = first_difference(was, is_now)
+    if begin is None:
+        return "allowed", "" if old["data.stages"] == new["data.stages"] else "the same is drawn, told otherwise"
+    read = before.consumed_tokens
+    if read is None or begin < read:
+        return "forbidden", ((rule_of("data.sources") or _UNCLASSIFIED)[1] + (
+            f"; the run has read {read:,} tokens: let the stage that it is in end there, and add one" if read else ""))
+    planned = _in_steps(old, "train.steps") * (old["train.tokens_per_step"] or 0)
+    if planned and begin >= planned:
+        return "allowed", "it says what comes after the end that the run had so far"
+    return rule_of("data.stages") or _UNCLASSIFIED
+
+
+def _source_changes(old: list[Any], new: list[Any], before: InForce, now: InForce) -> list[Change]:
+    """Compare sources at the same places of two lists, by content where it is known."""
     verdict, why = rule_of("data.sources") or _UNCLASSIFIED
-    if not isinstance(old, list) or len(old) != len(new):
-        return [Change("data.sources", old, new, verdict, why)]
     found = []
-    for i, (a, b, share_a, share_b) in enumerate(zip(old, new, _shares(old), _shares(new), strict=True)):
+    for i, (a, b) in enumerate(zip(old, new, strict=False)):
         key, content = f"data.sources[{i}]", f"data.sources[{i}].content"
         if a.get("prefix") != b.get("prefix"):
-            same = content in old_content and old_content[content] == new_content.get(content)
+            same = content in before.content and before.content[content] == now.content.get(content)
             found.append(Change(f"{key}.prefix", a.get("prefix"), b.get("prefix"), "allowed" if same else verdict,
                                 "the data were moved: their checksum is the same" if same else why))
+        if a.get("name") != b.get("name"):
+            found.append(Change(f"{key}.name", a.get("name"), b.get("name"), *(rule_of(f"{key}.name") or _UNCLASSIFIED)))
+    return found
+
+
+def _weight_changes(old: list[Any], new: list[Any]) -> list[Change]:
+    """Compare the weights of two lists of as many sources, by shares: 1 and 1 are 2 and 2."""
+    verdict, why = rule_of("data.sources[].weight") or _UNCLASSIFIED
+    found = []
+    for i, (a, b, share_a, share_b) in enumerate(zip(old, new, _shares(old), _shares(new), strict=True)):
         if _weight(a) != _weight(b):
             same = share_a == share_b
-            found.append(Change(f"{key}.weight", _weight(a), _weight(b), "allowed" if same else verdict,
+            found.append(Change(f"data.sources[{i}].weight", _weight(a), _weight(b), "allowed" if same else verdict,
                                 "the shares are the same" if same else why))
     return found
 

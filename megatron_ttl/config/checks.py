@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.config.skips import range_fault
+from megatron_ttl.config.stages import stage_faults, stages_reach_the_end
+from megatron_ttl.config.suggest import nearest_multiples
 
 if TYPE_CHECKING:
     from megatron_ttl.config.load import Settings
@@ -21,12 +23,6 @@ def run_faults(run: RunFile, wrong: Iterable[str] = ()) -> list[Fault]:
     """Return the faults between the keys of a run file; keys that are `wrong` by themselves are left out."""
     unusable = set(wrong)
     return [fault for keys, rule in _RULES if unusable.isdisjoint(keys) for fault in rule(run)]
-
-
-def nearest_multiples(value: int, of: int) -> str:
-    """Return the multiples of `of` next to `value`, e.g. '8,192 or 16,384'."""
-    below = value // of * of
-    return f"{below:,} or {below + of:,}" if below else f"{of:,}"
 
 
 def divisors(number: int) -> list[int]:
@@ -270,6 +266,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[RunFile], Iterator[Fault]]], ...]
     (("schedule.kind", "schedule.min_lr", "optimizer.lr"), _minimum_lr),
     (("optimizer.betas",), _betas),
     (("data.sources",), _sources),
+    (("data.sources", "data.stages", "train.sequence_length"), stage_faults),
+    (("data.stages", *_LENGTH), stages_reach_the_end),
     (("evaluation.prefixes",), _held_out),
     (("data.sources", "evaluation.prefixes"), _held_out_is_not_trained),
     (("evaluation.prefixes", "evaluation.every_steps", "evaluation.max_tokens"), _evaluation),

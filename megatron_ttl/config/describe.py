@@ -70,6 +70,8 @@ def _type_words(annotation: Any) -> str:
         if table is None:
             return "a list of texts"
         return "a list of tables {" + ", ".join(f"{name} = ..." for name in table.model_fields) + "}"
+    if get_origin(annotation) is dict:
+        return "a table of numbers {name = ..., ...}"
     return _WORDS.get(annotation, "a table")
 
 

@@ -69,7 +69,18 @@ class SourceConfig(Section):
     prefix: str = Field(min_length=1)
     """Path without `.bin`/`.idx`."""
     weight: float = Field(default=1.0, gt=0)
-    """Share of the tokens, relative to the other sources."""
+    """Share of the tokens, relative to the other sources; with stages these have the weights."""
+    name: str | None = Field(default=None, min_length=1)
+    """What stages call it; absent: the last part of the prefix."""
+
+
+class StageConfig(Section):
+    """Shares of the sources over a range of tokens."""
+
+    until_tokens: int | None = Field(default=None, gt=0, lt=2**63)
+    """Where it ends, in tokens from the first of the run, whole samples; only the last stage may leave it out."""
+    weights: dict[str, float]
+    """Share of the tokens of every source by name, relative to each other; 0 draws nothing of it."""
 
 
 class DataConfig(Section):
@@ -77,6 +88,8 @@ class DataConfig(Section):
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """Tokenised datasets and their weights."""
+    stages: tuple[StageConfig, ...] = ()
+    """Weights by ranges of tokens, one after another, each source going on where it stood; absent: one, by `weight`."""
 
 
 class TrainConfig(Section):

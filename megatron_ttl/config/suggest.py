@@ -1,4 +1,4 @@
-"""Find the key a user meant: letters dropped or swapped, another case, the right key in the wrong section."""
+"""Find what a user meant: letters dropped or swapped, another case, the right key in the wrong section, a number nearby."""
 
 from __future__ import annotations
 
@@ -71,3 +71,9 @@ def _leaf_cost(leaf: str, candidate: str) -> float:
 def did_you_mean(suggestions: list[str]) -> str:
     """Return `did you mean 'a' or 'b'?`."""
     return "did you mean " + " or ".join(f"'{name}'" for name in suggestions) + "?"
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """Return the multiples of `of` next to `value`, e.g. '8,192 or 16,384'."""
+    below = value // of * of
+    return f"{below:,} or {below + of:,}" if below else f"{of:,}"

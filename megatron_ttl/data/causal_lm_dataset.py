@@ -17,7 +17,8 @@ import numpy as np
 
 from megatron_ttl.data.indexed_dataset import IndexedDataset
 from megatron_ttl.data.manifest import require_same_tokens
-from megatron_ttl.data.order import EpochOrder, Mixture
+from megatron_ttl.data.mixture import StagedMixture
+from megatron_ttl.data.order import EpochOrder
 from megatron_ttl.errors import DataError, UserError, raise_faults
 
 IGNORED_LABEL = -100
@@ -26,15 +27,18 @@ IGNORED_LABEL = -100
 class CausalLMDataset:
     """Training samples without end: sources mixed by weight, each in epochs of its own.
 
-    Sample i is a function of (sources, weights, sequence length, seed) and i alone. It does not depend on the
+    Sample i is a function of (sources, weights, stages, sequence length, seed) and i alone. It does not depend on the
     length of the run, on ranks, micro batches or workers, so a position in the data is one integer.
 
     Args:
         sources: (prefix, weight) of each tokenised dataset; weights are relative shares of the tokens.
         sequence_length: s.
         seed: of the order.
+        stages: (token of the run before which it ends, weights of all sources) of each; the weights of `sources` then
+            say nothing. Ends are whole samples, ascending; the last stage goes on without end.
 
     Attributes:
+        mixture: which source each sample comes from.
         samples_per_epoch: windows of each source.
         used_tokens: ids of each source that its windows read.
         remainder_tokens: ids of each source at its end that no window reads.
@@ -44,7 +48,8 @@ class CausalLMDataset:
         DataError: all faults of all sources: damaged, held out, too short, named twice, of unlike tokenizers.
     """
 
-    def __init__(self, sources: Sequence[tuple[str, float]], sequence_length: int, seed: int) -> None:
+    def __init__(self, sources: Sequence[tuple[str, float]], sequence_length: int, seed: int,
+                 stages: Sequence[tuple[int | None, Sequence[float]]] = ()) -> None:
         assert sources and sequence_length > 0, (sources, sequence_length)
         self.sequence_length = sequence_length
         self.seed = seed
@@ -57,7 +62,9 @@ class CausalLMDataset:
         self.samples_per_epoch = [(dataset.token_count - 1) // sequence_length for dataset in self.datasets]
         self.used_tokens = [count * sequence_length + 1 for count in self.samples_per_epoch]
         self.remainder_tokens = [(dataset.token_count - 1) % sequence_length for dataset in self.datasets]
-        self._mixture = Mixture(self.weights)
+        self._stages = [(until, list(weights)) for until, weights in stages]
+        self.mixture = StagedMixture([(until and until // sequence_length, weights)
+                                      for until, weights in self._stages or [(None, self.weights)]])
         self._orders = [EpochOrder(size, seed, source) for source, size in enumerate(self.samples_per_epoch)]
         self._tokens = [dataset.ids for dataset in self.datasets]
 
@@ -84,13 +91,13 @@ class CausalLMDataset:
 
     def locate(self, sample: int) -> tuple[int, int, int]:
         """Return (source number, epoch of that source, window) of a sample."""
-        source, index = self._mixture.locate(sample)
+        source, index = self.mixture.locate(sample)
         epoch, window = self._orders[source].locate(index)
         return source, epoch, window
 
     def locate_many(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (source numbers, epochs, windows) of many samples, int64; equal to `locate` of each."""
-        sources, indices = self._mixture.locate_many(samples)
+        sources, indices = self.mixture.locate_many(samples)
         epochs, windows = np.empty_like(indices), np.empty_like(indices)
         for source in np.unique(sources):
             chosen = sources == source
@@ -135,7 +142,7 @@ class CausalLMDataset:
 
     def samples_drawn(self, consumed_samples: int) -> list[int]:
         """Return how many of the first `consumed_samples` samples came from each source."""
-        return self._mixture.counts(consumed_samples)
+        return self.mixture.counts(consumed_samples)
 
     def epochs(self, consumed_samples: int) -> list[float]:
         """Return how often each source was read after `consumed_samples` samples."""
@@ -144,9 +151,11 @@ class CausalLMDataset:
 
     def record(self) -> dict[str, Any]:
         """Return what determines every sample, for a checkpoint: equal records mean equal samples."""
+        stages = [{"until_tokens": until, "weights": weights} for until, weights in self._stages]
         return {
             "sequence_length": self.sequence_length,
             "seed": self.seed,
+            **({"stages": stages} if stages else {}),
             "sources": [
                 {
                     "prefix": dataset.prefix,

@@ -1,8 +1,8 @@
 """Say which sample comes when: pure functions of integers, with no index file, no state and no communication.
 
     sample number k of the run
-      -> Mixture:    which source, and the how-manieth sample of that source it is
-      -> EpochOrder: in which epoch of the source, and which element of it
+      -> StagedMixture (mixture.py): which source, and the how-manieth sample of that source it is
+      -> EpochOrder:                 in which epoch of the source, and which element of it
 
 Both are exact integer arithmetic, equal on every machine, O(1) in time and memory, and know nothing of the
 length of the run: what was drawn stays drawn when training is extended.
@@ -11,8 +11,6 @@ length of the run: what was drawn stays drawn when training is extended.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from fractions import Fraction
 from math import isqrt
 
 import numpy as np
@@ -138,69 +136,3 @@ class EpochOrder:
         if last is None or last[0] != epoch:
             self._last = last = (epoch, Permutation(self.size, derive_key(self.seed, self.source, epoch)))
         return last[1]
-
-
-class Mixture:
-    """Interleave sources by weight: of any first k samples, each source has its share, to within rounding.
-
-    Construction: a binary tree over the sources. A node that gives its left part the share p sends, of its
-    first k samples, floor(k p + 1/2) to the left: the counter rises by 0 or 1 from one sample to the next, so
-    each sample has one way down and each source receives 0, 1, 2, ... without a gap. 0.6 is exactly 3/5.
-    A node is at most 1/2 off, so a source is less than one sample off per level of the tree.
-    """
-
-    def __init__(self, weights: Sequence[float]) -> None:
-        shares = [Fraction(str(weight)) for weight in weights]
-        assert shares and min(shares) > 0, weights
-        self.weights = tuple(weights)
-        self._tree = _build_tree(list(enumerate(shares)))
-
-    def locate(self, number: int) -> tuple[int, int]:
-        """Return (source, index within that source) of sample `number`."""
-        assert number >= 0, number
-        node = self._tree
-        while not isinstance(node, int):
-            share, left, right = node
-            before = _rounded(number, share)
-            if _rounded(number + 1, share) > before:
-                node, number = left, before
-            else:
-                node, number = right, number - before
-        return node, number
-
-    def locate_many(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (sources, indices) of many samples, int64; equal to `locate` of each."""
-        pairs = [self.locate(number) for number in np.asarray(numbers).tolist()]
-        result = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-        return result[:, 0], result[:, 1]
-
-    def counts(self, total: int) -> list[int]:
-        """Return how many of the first `total` samples each source gives."""
-        result = [0] * len(self.weights)
-        open_nodes = [(self._tree, total)]
-        while open_nodes:
-            node, count = open_nodes.pop()
-            if isinstance(node, int):
-                result[node] = count
-            else:
-                share, left, right = node
-                left_count = _rounded(count, share)
-                open_nodes += [(left, left_count), (right, count - left_count)]
-        return result
-
-
-_Node = int | tuple[Fraction, "_Node", "_Node"]
-
-
-def _build_tree(leaves: list[tuple[int, Fraction]]) -> _Node:
-    if len(leaves) == 1:
-        return leaves[0][0]
-    middle = (len(leaves) + 1) // 2
-    left, right = leaves[:middle], leaves[middle:]
-    total = sum(share for _, share in leaves)
-    return Fraction(sum(share for _, share in left), total), _build_tree(left), _build_tree(right)
-
-
-def _rounded(count: int, share: Fraction) -> int:
-    """Return floor(count * share + 1/2)."""
-    return (2 * count * share.numerator + share.denominator) // (2 * share.denominator)

@@ -13,7 +13,7 @@ from megatron_ttl.config.degrees import data_parallel_size_of
 from megatron_ttl.config.load import Settings, read_settings
 from megatron_ttl.config.schema import EnergyConfig, RunFile
 from megatron_ttl.console import print_result, print_table
-from megatron_ttl.data.manifest import DatasetManifest, dataset_paths, read_manifest
+from megatron_ttl.data.causal_lm_dataset import CausalLMDataset
 from megatron_ttl.errors import ConfigError, UserError, raise_faults
 from megatron_ttl.files import human_bytes, require_free_space
 from megatron_ttl.model.flops import (
@@ -25,14 +25,12 @@ from megatron_ttl.model.flops import (
 from megatron_ttl.plan.layout_picture import describe_layout, print_layout
 from megatron_ttl.train.changed_settings import CHANGE_HEADER, changes_for_a_dry_run
 from megatron_ttl.train.device_peaks import peak_flops_per_s
+from megatron_ttl.train.ledger import MAX_USEFUL_EPOCHS, planned_table
 from megatron_ttl.train.open_data import open_data
 from megatron_ttl.train.schedule import Schedule
 
 ASSUMED_MFU = 0.40
-MAX_USEFUL_EPOCHS = 4
-"""Source: Muennighoff et al. 2023, section 6: repeating data up to four times costs next to nothing."""
-
-_NEEDED_TO_OPEN_DATA = ("data.sources", "train.sequence_length", "model.vocab_size", "run.seed",
+_NEEDED_TO_OPEN_DATA = ("data.sources", "data.stages", "train.sequence_length", "model.vocab_size", "run.seed",
                         "evaluation.prefixes", "evaluation.max_tokens")
 
 BOARD_POWER_W = {"A100": 400, "H100": 700, "H200": 700}
@@ -42,8 +40,13 @@ Source: NVIDIA data sheets.
 """
 
 
-def forecast(settings: Settings, world_size: int) -> dict[str, Any]:
+def forecast(settings: Settings, world_size: int, dataset: CausalLMDataset | None = None) -> dict[str, Any]:
     """Return what the run will take on so many processes.
+
+    Args:
+        settings: from `load_settings`.
+        world_size: number of processes.
+        dataset: the run's; without it nobody knows how often its sources will be read.
 
     Raises:
         ConfigError: the degrees do not divide the processes, or micro batches the step.
@@ -79,7 +82,9 @@ def forecast(settings: Settings, world_size: int) -> dict[str, Any]:
         "checkpoints_at_once_bytes": _checkpoints_at_once(run) * BYTES_PER_PARAMETER * parameters,
     }
     result |= _duration(settings.device, result["flops"], world_size)
-    result["epochs"] = _epochs(run, tokens)
+    result["mixture"] = planned_table(run, dataset.samples_per_epoch if dataset else None)
+    result["epochs"] = {prefix: row["epochs"] for prefix, row in result["mixture"]["sources"].items()
+                        if row["epochs"] is not None}
     result["layout"] = describe_layout(settings, world_size)
     return result
 
@@ -103,24 +108,6 @@ def _duration(device: str | None, flops: float, world_size: int) -> dict[str, An
     return result
 
 
-def _epochs(run: RunFile, tokens: int) -> dict[str, float]:
-    """Return how often each source is read, where its manifest is there."""
-    total_weight = sum(source.weight for source in run.data.sources)
-    epochs = {}
-    for source in run.data.sources:
-        manifest = _manifest(source.prefix)
-        if manifest is not None and manifest.tokens:
-            epochs[source.prefix] = tokens * source.weight / total_weight / manifest.tokens
-    return epochs
-
-
-def _manifest(prefix: str) -> DatasetManifest | None:
-    try:
-        return read_manifest(dataset_paths(prefix).manifest)
-    except (UserError, OSError):
-        return None
-
-
 def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],
             overrides: Sequence[str], world_size: int, allow_changes: Sequence[str] = (),
             skip_steps: Sequence[str] = ()) -> dict[str, Any]:
@@ -136,9 +123,10 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
     if any(": energy" in fault for fault in faults):
         # Said already; it must neither be said again nor hide what is wrong with the data.
         run = run.model_copy(update={"energy": EnergyConfig(enabled=False)})
+    dataset: CausalLMDataset | None = None
     if reading.wrong.isdisjoint(_NEEDED_TO_OPEN_DATA):
         try:
-            open_data(run)
+            dataset, _ = open_data(run)
         except UserError as error:
             faults += [fault for fault in error.faults if fault not in faults]
     changes: list[Change] = []
@@ -146,7 +134,7 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
         changes, more = changes_for_a_dry_run(reading.settings)
         faults += more
     raise_faults(ConfigError, faults)
-    result = forecast(reading.settings, world_size)
+    result = forecast(reading.settings, world_size, dataset)
     if changes:
         result["changes"] = [dict(zip(CHANGE_HEADER, change.row, strict=True)) for change in changes]
     require_free_space(Path(run.run.dir), result["checkpoints_at_once_bytes"], "all checkpoints of the run")
@@ -157,7 +145,7 @@ def print_forecast(result: dict[str, Any], as_json: bool) -> None:
     """Print a forecast for people or for programs."""
     if not as_json:
         result = dict(result)
-        picture = result.pop("layout")
+        picture, mixture = result.pop("layout"), result.pop("mixture")
         if changes := result.pop("changes", None):
             print_table(CHANGE_HEADER, [row.values() for row in changes],
                         title="changed since the run was last started")
@@ -170,4 +158,16 @@ def print_forecast(result: dict[str, Any], as_json: bool) -> None:
             result[f"epochs of {prefix}"] = f"{epochs:.2f}{warning if epochs > MAX_USEFUL_EPOCHS else ''}"
     print_result(result, as_json, title="what this run will take")
     if not as_json:
+        _print_mixture(mixture)
         print_layout(picture)
+
+
+def _print_mixture(mixture: dict[str, Any]) -> None:
+    """Print stages and sources, where there is more than one of either."""
+    rows = [(number, f"{stage['from_token']:,}", prefix, f"{row['asked_share']:.2%}", f"{row['tokens']:,}",
+             "-" if row["epochs"] is None else f"{row['epochs']:.2f}",
+             f"{stage['within_a_thousandth_after_tokens']:,}" if len(stage["sources"]) > 1 else "0")
+            for number, stage in enumerate(mixture["stages"], 1) for prefix, row in stage["sources"].items()]
+    if len(rows) > 1:
+        print_table(("stage", "from token", "source", "share", "tokens", "epochs", "within 0.1 % after tokens"), rows,
+                    title="what it will draw")

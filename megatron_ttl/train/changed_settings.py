@@ -71,7 +71,8 @@ def changes_since(folder: Path, stored: Mapping[str, Any], record: Mapping[str, 
         settings: of now.
     """
     content = _content_before(folder, record)
-    before = InForce(stored["run"], _profile_before(stored, settings), content)
+    read = record.get("consumed_tokens")
+    before = InForce(stored["run"], _profile_before(stored, settings), content, read if isinstance(read, int) else None)
     now = InForce(settings.run.model_dump(mode="json"), settings.profile.model_dump(mode="json"),
                   _content_now(settings) if content else {})
     return compare(before, now, settings.allow_changes)

@@ -23,6 +23,7 @@ from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.anomalies import DivergedError
 from megatron_ttl.train.engine import StepResult
 from megatron_ttl.train.failure import siblings_watched, told_once, waiting_for_peers
+from megatron_ttl.train.ledger import MAX_USEFUL_EPOCHS
 from megatron_ttl.train.run_lock import RunLock
 from megatron_ttl.train.session import Session, prepare
 from megatron_ttl.train.stop import StopRequest
@@ -96,6 +97,7 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
             due = at_end or asked_to_save or (at_cadence and not session.nonfinite.in_a_row)
             if due or state.step % run.log.every_steps == 0:
                 report_spikes(session)
+                report_repeats(session)
             if interval.steps and (at_end or state.step % run.log.every_steps == 0):
                 session.metrics.row(interval.row(session, lr))
                 interval = Interval()
@@ -192,7 +194,7 @@ class Interval:
         return {"event": "train", "step": state.step, "tokens": state.consumed_tokens, "loss": loss, "lr": lr,
                 "grad_norm": float(self.grad_norm), "tokens_per_s": self.steps * run.train.tokens_per_step / elapsed,
                 "step_s": elapsed / self.steps, "data_wait_s": self.wait_s / self.steps,
-                "peak_memory_bytes": session.peak_memory_bytes(), "epochs": session.epochs(),
+                "peak_memory_bytes": session.peak_memory_bytes(), **session.ledger.row(state.consumed_samples),
                 **session.engine.loss_scale_row(self.skipped), **session.energy_row()}
 
 
@@ -200,6 +202,7 @@ def leave_out(session: Session) -> None:
     """Pass over a step that the run file leaves out: its samples are never read again, and no weight moves."""
     state = session.state
     state.advance(session.run, moved=False)
+    session.ledger.leave_out(state.consumed_samples - session.run.samples_per_step, state.consumed_samples)
     session.say(f"step {state.step}: left out (train.skip_steps)")
     session.metrics.row({"event": "left out", "step": state.step, "tokens": state.consumed_tokens,
                          **session.samples_of(state.step)})
@@ -232,6 +235,15 @@ def report_spikes(session: Session) -> None:
                     f"{spike.expected:.4f}, where the steps before it led; gradient norm {spike.grad_norm:.2f}; "
                     f"metrics.jsonl names its documents; --skip-steps {spike.step}-{spike.step} goes back and leaves "
                     "them out")
+
+
+def report_repeats(session: Session) -> None:
+    """Name the sources that have now been read too often."""
+    state = session.state
+    for prefix, epochs in session.ledger.newly_over(state.consumed_samples).items():
+        session.metrics.row({"event": "repeated", "step": state.step, "tokens": state.consumed_tokens, "source": prefix,
+                             "epochs": {prefix: epochs}})
+        session.say(f"warning: step {state.step}: {prefix} has now been read more than {MAX_USEFUL_EPOCHS} times")
 
 
 def compare_replicas(session: Session) -> None:
@@ -298,6 +310,8 @@ def settle(session: Session, last: bool = False) -> bool:
         session.say(f"warning: {warning}")
     session.metrics.row({"event": "checkpoint", "step": outcome.step, "tokens": outcome.tokens,
                          "bytes": outcome.saved.bytes, "stall_s": outcome.stall_s, "write_s": outcome.write_s})
+    if last and session.mesh.is_first:
+        session.folder.write_mixture(session.ledger.table(state.consumed_samples))
     return True
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.console import progress
+from megatron_ttl.config.stages import stages_of
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset, require_apart
 from megatron_ttl.errors import ConfigError, DataError, UserError, raise_faults
 from megatron_ttl.files import human_bytes
@@ -23,7 +24,8 @@ def open_data(run: RunFile) -> tuple[CausalLMDataset, dict[str, HeldOutDataset]]
     dataset: CausalLMDataset | None = None
     try:
         dataset = CausalLMDataset([(source.prefix, source.weight) for source in run.data.sources],
-                                  run.train.sequence_length, run.run.seed)
+                                  run.train.sequence_length, run.run.seed,
+                                  stages_of(run.data) if run.data.stages else ())
     except UserError as error:
         faults += error.faults
     held_out = {}

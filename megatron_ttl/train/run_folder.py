@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from megatron_ttl.train.changed_settings import (
 )
 from megatron_ttl.train.run_lock import RunLock
 
-_DESCRIPTION = ("run.toml", "deepspeed.json", "settings.json", "tokenizer")
+_MIXTURE = "mixture.json"
+_DESCRIPTION = ("run.toml", "deepspeed.json", "settings.json", "tokenizer", _MIXTURE)
 
 
 class RunFolder:
@@ -121,6 +123,13 @@ class RunFolder:
                 with atomic_directory(self.tokenizer_path) as folder:
                     copy_tokenizer(tokenizer, folder)
 
+    def write_mixture(self, table: dict[str, Any]) -> None:
+        """Write what was drawn of the data, for people; checkpoints know it too, so a full disk costs this file alone."""
+        try:
+            write_json(self.path / _MIXTURE, table)
+        except OSError as error:
+            print(f"warning: {self.path / _MIXTURE}: could not be written ({error.strerror})", file=sys.stderr)
+
 
 def open_checkpoint(path: Path, peers: Peers = ALONE) -> Checkpoint:
     """Open a checkpoint folder, or the newest valid one of a run folder; peers share the work.
@@ -149,6 +158,10 @@ def _require_record(checkpoint: Checkpoint) -> None:
               for key in ("step", "consumed_samples", "consumed_tokens")
               if not isinstance(record.get(key), int) or isinstance(record.get(key), bool)
               or not 0 <= record[key] < 2**63]
+    left_out = record.get("left_out_samples", [])
+    ends = [end for pair in left_out for end in pair] if _is_pairs(left_out) else [-1]
+    if not faults and (ends != sorted(set(ends)) or (ends and not 0 <= ends[0] <= ends[-1] <= record["consumed_samples"])):
+        faults.append(f"left_out_samples: {str(left_out)[:80]}; they must be ranges of samples before the position")
     faults += [f"run.{key}: {type(run.get(key)).__name__}; it must be a table" for key in ("model", "data", "train")
                if not isinstance(run.get(key), dict)]
     if not faults and record["step"] != checkpoint.step:
@@ -173,3 +186,8 @@ def _branch_faults(parent: Checkpoint, settings: Settings) -> list[str]:
         faults.append(f"{settings.run_path}: train.steps: {settings.run.total_steps}, and the checkpoint is at step "
                       f"{parent.step}; the horizon counts from the first step of the parent; set a larger one")
     return faults
+
+
+def _is_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2
+                                           and all(type(end) is int for end in pair) for pair in value)

@@ -27,6 +27,7 @@ from megatron_ttl.train.changed_settings import with_recorded_skips
 from megatron_ttl.train.energy import EnergyMeter, carry_on
 from megatron_ttl.train.engine import Engine
 from megatron_ttl.train.failure import end_process
+from megatron_ttl.train.ledger import MAX_USEFUL_EPOCHS, Ledger
 from megatron_ttl.train.metrics import MetricLogger
 from megatron_ttl.train.open_data import open_data, preload, tokenizer_directory
 from megatron_ttl.train.row_file import trim_rows
@@ -76,17 +77,13 @@ class Session:
     spikes: SpikeDetector
     nonfinite: NonFiniteSteps
     data_check: BackgroundCheck
+    ledger: Ledger
     state: TrainState = field(default_factory=TrainState)
 
     def say(self, line: str) -> None:
         """Print one line, once for all processes."""
         if self.mesh.is_first:
             print(line, file=sys.stderr, flush=True)
-
-    def epochs(self) -> dict[str, float]:
-        """Return how often each source was read so far."""
-        prefixes = [source.prefix for source in self.run.data.sources]
-        return dict(zip(prefixes, self.dataset.epochs(self.state.consumed_samples), strict=True))
 
     def samples_of(self, step: int) -> dict[str, Any]:
         """Return which samples a step of this session read, [first, after the last), and of which documents they are."""
@@ -120,7 +117,8 @@ class Session:
         energy = self.energy.state(wait=last)
         energy["energy_kwh"], energy["emissions_kg_co2e"] = self.mesh.sum(*self.energy.totals)
         return {"step": self.state.step, "updates": self.state.updates, "consumed_samples": self.state.consumed_samples,
-                "consumed_tokens": self.state.consumed_tokens, "epochs": self.epochs(),
+                "consumed_tokens": self.state.consumed_tokens, **self.ledger.row(self.state.consumed_samples),
+                "left_out_samples": [list(samples) for samples in self.ledger.left_out],
                 "lr": self.schedule.at(self.state.step), "energy": energy, "order": self.dataset.record(),
                 "bos": self.dataset.datasets[0].manifest.bos, "loss_scaler": self.engine.loss_scaler,
                 "spikes": self.spikes.state(),
@@ -173,7 +171,7 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     session = Session(run, mesh, folder, dataset, held_out, Schedule.of(run), engine, energy, metrics,
                       _saver(folder, mesh, watchdog), watchdog, profile.train_micro_batch_size_per_gpu,
                       profile.cut.replica_check_steps, SpikeDetector(run.log.spike_sigmas),
-                      NonFiniteSteps(run.train.max_nonfinite_steps), data_check)
+                      NonFiniteSteps(run.train.max_nonfinite_steps), data_check, Ledger(run, dataset))
     if checkpoint is not None:
         _resume(session, checkpoint)
     _introduce(session, checkpoint)
@@ -214,6 +212,7 @@ def _resume(session: Session, checkpoint: Checkpoint) -> None:
     state.step = record["step"]
     state.consumed_samples = record["consumed_samples"]
     state.consumed_tokens = record["consumed_tokens"]
+    session.ledger.load(record, state.consumed_samples)
 
 
 def _introduce(session: Session, checkpoint: Checkpoint | None) -> None:
@@ -234,5 +233,16 @@ def _introduce(session: Session, checkpoint: Checkpoint | None) -> None:
     pieces = outline(session.engine.deepspeed, run.model, session.mesh)
     needed = session.folder.store.bytes_needed(pieces, session.record(), session.mesh)
     session.say(f"a checkpoint needs {human_bytes(needed)}, {human_bytes(free_bytes(session.folder.path))} are free")
+    _warn_of_repeats(session)
     if session.state.step:
         session.metrics.row({"event": "resume", "step": session.state.step, "tokens": session.state.consumed_tokens})
+
+
+def _warn_of_repeats(session: Session) -> None:
+    """Name the sources that the run will have read too often at its end."""
+    run, state = session.run, session.state
+    last = state.consumed_samples + max(run.total_steps - state.step, 0) * run.samples_per_step
+    for prefix, epochs in session.ledger.over(last).items():
+        session.say(f"warning: {prefix} will have been read {epochs:.2f} times at the end of the run; text that is read "
+                    f"more than {MAX_USEFUL_EPOCHS} times teaches less and less (Muennighoff et al. 2023); add text, lower "
+                    "its weight, or shorten the run")

@@ -225,7 +225,7 @@ def test_what_a_newer_release_wrote_is_not_dropped(tmp_path):
     ("bf16.enabld", "did you mean 'bf16.enabled'"), ("", "is no setting; .*e.g. optimizer.lr"),
     ("zzz", "e.g. optimizer.lr or optimizer"), ("optimizer.lr=3", "did you mean 'optimizer.lr'"),
     ("model.hidden_size", "may not change within a run; .*this shape.*; remove the flag"),
-    ("model", "may not change within a run"), ("run.seed", "order of the data"), ("data", "may not change"),
+    ("model", "may not change within a run"), ("run.seed", "order of the data"), ("data.sources", "may not change"),
     ("data.sources[0].weight", "may not change"), ("data.tokenizer", "other pieces"),
     ("train.sequence_length", "of this length"),
 ])

@@ -30,7 +30,7 @@ def slips(name):
 def wrong_keys(model):
     """Return {wrong key: {(kind, key that was meant)}} for a schema; a slip may be near to two keys."""
     keys = known_keys(model)
-    sections = {key.rpartition(".")[0] for key in keys} - {"data.sources[]"}
+    sections = {key.rpartition(".")[0] for key in keys} - {"data.sources[]", "data.stages[]"}
     wrong = defaultdict(set)
     for key in keys:
         section, _, name = key.rpartition(".")

@@ -10,7 +10,7 @@ from tiny_folder import documents, write_dataset, write_tokenizer
 
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
 from megatron_ttl.data.indexed_dataset import IndexedDataset
-from megatron_ttl.data.order import EpochOrder, Mixture, permute, permute_many
+from megatron_ttl.data.order import EpochOrder, permute, permute_many
 from megatron_ttl.data.sampler import StepBatches
 from megatron_ttl.errors import DataError
 
@@ -56,29 +56,6 @@ def test_every_sample_once_per_epoch_and_a_prefix_that_stays():
     assert np.array_equal(np.stack(order.locate_many(numbers), 1), np.array(located))
     assert located != [EpochOrder(57, seed=4).locate(i) for i in range(3 * 57)]
     assert located != [EpochOrder(57, seed=3, source=1).locate(i) for i in range(3 * 57)]
-
-
-@pytest.mark.parametrize("weights", [[1.0], [0.6, 0.4], [7, 3], [0.693584, 0.306416], [0.2, 0.5, 0.3],
-                                     [1, 2, 3, 4, 5, 6, 7]])
-def test_mixtures_hold_their_shares_at_every_prefix(weights):
-    """Counts within one per level of the tree, indices without gaps, locate = locate_many = counts."""
-    mixture, total = Mixture(weights), sum(weights)
-    seen = [0] * len(weights)
-    for number in range(3_000):
-        source, index = mixture.locate(number)
-        assert index == seen[source]
-        seen[source] += 1
-        for count, weight in zip(seen, weights, strict=True):
-            assert abs(count - (number + 1) * weight / total) <= 1 + len(weights).bit_length()
-    assert mixture.counts(3_000) == seen
-    sources, indices = mixture.locate_many(np.arange(3_000))
-    assert [mixture.locate(n) for n in range(3_000)] == list(zip(sources.tolist(), indices.tolist(), strict=True))
-
-
-def test_sixty_forty_is_exact_in_integers():
-    """Over every 5 samples 3 and 2; over a million the exact counts."""
-    assert Mixture([0.6, 0.4]).counts(1_000_000) == [600_000, 400_000]
-    assert Mixture([7, 3]).counts(10**12) == [7 * 10**11, 3 * 10**11]
 
 
 @pytest.fixture(scope="module")

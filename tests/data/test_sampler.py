@@ -59,15 +59,17 @@ def test_micro_batches_are_dealt_as_documented():
                 assert torch.equal(labels, ids + 1)
 
 
-def test_the_same_tokens_for_every_layout(tmp_path):
-    """Real samples over three epochs: world sizes, micro batches, steps read ahead, and ten points of resuming."""
+@pytest.mark.parametrize("stages", [(), ((100 * 16, [0.2, 0.8]), (331 * 16, [1, 0]), (None, [1, 3]))])
+def test_the_same_tokens_for_every_layout(tmp_path, stages):
+    """Real samples over several epochs and stages: world sizes, micro batches, steps read ahead, ten points of resuming."""
     draw = np.random.default_rng(0)
     for name, count in (("a", 2_000), ("b", 700)):
         with IndexedDatasetWriter(tmp_path / name, "uint16", 500, 2) as writer:
             writer.add_documents(np.where(np.arange(count) % 10 == 9, 2, draw.integers(4, 500, count)),
                                  [10] * (count // 10))
             writer.finish()
-    dataset = CausalLMDataset([(str(tmp_path / "a"), 0.6), (str(tmp_path / "b"), 0.4)], 16, seed=9)
+    dataset = CausalLMDataset([(str(tmp_path / "a"), 0.6), (str(tmp_path / "b"), 0.4)], 16, seed=9,
+                              stages=stages)
     steps, per_step = 10, 48
     assert min(dataset.epochs(steps * per_step)) > 2 and max(dataset.epochs(steps * per_step)) > 3
     every = torch.from_numpy(dataset.samples(range(steps * per_step))[0])
