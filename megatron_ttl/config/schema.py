@@ -77,6 +77,10 @@ class DataConfig(Section):
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """Tokenised datasets and their weights."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents become samples: their stream cut as it comes, or whole documents fitted together and padded."""
+    document_mask: bool = False
+    """Attention stays within documents, and positions begin anew with each; not with a pipeline."""
 
 
 class TrainConfig(Section):

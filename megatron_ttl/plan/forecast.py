@@ -33,7 +33,7 @@ MAX_USEFUL_EPOCHS = 4
 """Source: Muennighoff et al. 2023, section 6: repeating data up to four times costs next to nothing."""
 
 _NEEDED_TO_OPEN_DATA = ("data.sources", "train.sequence_length", "model.vocab_size", "run.seed",
-                        "evaluation.prefixes", "evaluation.max_tokens")
+                        "evaluation.prefixes", "evaluation.max_tokens", "data.packing", "data.document_mask")
 
 BOARD_POWER_W = {"A100": 400, "H100": 700, "H200": 700}
 """Largest power of the SXM board, without the host.
@@ -136,9 +136,10 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
     if any(": energy" in fault for fault in faults):
         # Said already; it must neither be said again nor hide what is wrong with the data.
         run = run.model_copy(update={"energy": EnergyConfig(enabled=False)})
+    packing: dict[str, Any] = {}
     if reading.wrong.isdisjoint(_NEEDED_TO_OPEN_DATA):
         try:
-            open_data(run)
+            packing = open_data(run)[0].packing_report()
         except UserError as error:
             faults += [fault for fault in error.faults if fault not in faults]
     changes: list[Change] = []
@@ -146,7 +147,7 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
         changes, more = changes_for_a_dry_run(reading.settings)
         faults += more
     raise_faults(ConfigError, faults)
-    result = forecast(reading.settings, world_size)
+    result = forecast(reading.settings, world_size) | packing
     if changes:
         result["changes"] = [dict(zip(CHANGE_HEADER, change.row, strict=True)) for change in changes]
     require_free_space(Path(run.run.dir), result["checkpoints_at_once_bytes"], "all checkpoints of the run")

@@ -86,6 +86,11 @@ class Session:
         prefixes = [source.prefix for source in self.run.data.sources]
         return dict(zip(prefixes, self.dataset.epochs(self.state.consumed_samples), strict=True))
 
+    @property
+    def labels_per_step(self) -> int | None:
+        """Labels of every step over all processes; None where each step has another number."""
+        return self.run.train.tokens_per_step if self.dataset.all_labelled else None
+
     def samples_of(self, step: int) -> dict[str, Any]:
         """Return which samples a step of this session read, [first, after the last), and of which documents they are."""
         first = self.state.consumed_samples - (self.state.step - step + 1) * self.run.samples_per_step
@@ -152,7 +157,7 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     folder = RunFolder(settings, lock)
     checkpoint = _claim(folder, mesh)
     seed_everything(run.run.seed)
-    engine = Engine(run, resolved, mesh, profile.recompute)
+    engine = Engine(run, resolved, mesh, profile.recompute, dataset.eos_id)
     carried = checkpoint.record if checkpoint else {}
     if mesh.is_first:
         folder.describe(resolved, environment_report(), tokenizer_directory(dataset))
@@ -223,9 +228,19 @@ def _introduce(session: Session, checkpoint: Checkpoint | None) -> None:
     # With a pipeline these are the first stage's.
     session.say("; ".join(f"{len(group['names'])} tensors with weight decay {group['weight_decay']}"
                           for group in session.engine.decay_groups)
-                + f"; {sum(dataset.remainder_tokens):,} tokens of the data left over by whole sequences")
+                + f"; {_packing_line(dataset)}")
     pieces = outline(session.engine.deepspeed, run.model, session.mesh)
     needed = session.folder.store.bytes_needed(pieces, session.record(), session.mesh)
     session.say(f"a checkpoint needs {human_bytes(needed)}, {human_bytes(free_bytes(session.folder.path))} are free")
     if session.state.step:
         session.metrics.row({"event": "resume", "step": session.state.step, "tokens": session.state.consumed_tokens})
+
+
+def _packing_line(dataset: CausalLMDataset) -> str:
+    """Say what no sample reads, and where documents lie otherwise than end to end."""
+    report = dataset.packing_report()
+    left = f"{report['remainder_tokens']:,} tokens of the data left over by whole sequences"
+    if dataset.packing == "best_fit":
+        left = (f"best-fit packing: {report['padding_share']:.2%} of the positions are padding, "
+                f"{report['remainder_tokens']:,} tokens lie in documents of one")
+    return f"{left}; attention stays within documents" if dataset.document_mask else left
