@@ -66,7 +66,7 @@ def test_the_full_files_are_right(tmp_path):
     load_settings(*write(tmp_path, FULL_RUN, FULL_PROFILE))
     given = {f"{section}.{key}" for section, table in FULL_RUN.items() for key in table}
     assert set(leaf_keys(RunFile)) - given <= {"train.tokens", "schedule.warmup_tokens", "schedule.decay_tokens",
-                                               "checkpoint.asynchronous", "train.skip_steps", "log.spike_sigmas",
+                                               "checkpoint.asynchronous", "train.skip_steps", "log.spike_sigmas", "data.packing", "data.document_mask",
                                                    "train.max_nonfinite_steps", "log.tensorboard"}
 
 
