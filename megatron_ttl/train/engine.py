@@ -117,7 +117,8 @@ class Engine:
         """
         assert len(micro_batches) == self.accumulation
         if global_tokens is None:
-            global_tokens = int(self.mesh.sum_data_parallel(valid_tokens(micro_batches))[0])
+            # A step without a single label has no gradient; it is no fault.
+            global_tokens = int(self.mesh.sum_data_parallel(valid_tokens(micro_batches))[0]) or 1
         self._scale = backward_scale(global_tokens, self.accumulation, self.mesh.data_parallel_size)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
