@@ -30,7 +30,7 @@ class Packing(Protocol):
     padding: int
 
     def fill(self, tokens: np.ndarray, row: int, input_ids: np.ndarray, labels: np.ndarray) -> None:
-        """Write a row into `input_ids` and `labels`.  # [s], [s]"""
+        """Write a row into `input_ids` and `labels`; of `tokens`, the stream, only slices are read.  # [s], [s]"""
 
     def stretches(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the first and last positions in the stream of all that the rows read, ascending."""
@@ -107,7 +107,8 @@ class BestFit:
     def fill(self, tokens: np.ndarray, row: int, input_ids: np.ndarray, labels: np.ndarray) -> None:
         """Write a row into `input_ids` and `labels`.  # [s], [s]"""
         if row < len(self._alone):
-            read = tokens[self._alone[row] : self._alone[row] + self._length + 1]
+            begin = int(self._alone[row])
+            read = tokens[begin : begin + self._length + 1]
             input_ids[:] = read[:-1]
             labels[:] = read[1:]
             return

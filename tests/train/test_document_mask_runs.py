@@ -62,7 +62,9 @@ def settings_of(folder, *overrides):
 def test_the_first_loss_is_that_of_each_document_alone(trained, name):
     """The initial model on every document of the first step by itself, as it stands in its sample."""
     run = settings_of(trained, *RUNS[name]).run
-    dataset, _ = open_data(run)
+    dataset, held_out = open_data(run)
+    (measured,) = held_out.values()
+    assert dataset.eos_id == measured.eos_id == 2, "held-out text is measured as the model is trained"
     model, nats, count = build_model(run.model, run.run.seed), 0.0, 0
     for ids, labels in zip(*map(torch.from_numpy, dataset.samples(range(run.samples_per_step))), strict=True):
         for piece, wanted in zip(*(part.split(sizes(ids)) for part in (ids, labels)), strict=True):
