@@ -15,6 +15,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, help="read at most so many of each dataset (default: all)")
     parser.add_argument("--sequence-length", type=int,
                         help="tokens per window (default: as many as the model has positions)")
+    parser.add_argument("--document-mask", action="store_true",
+                        help="keep documents apart, as a run with data.document_mask does")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda, else cpu")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -24,7 +26,7 @@ def main() -> None:
     from megatron_ttl.evaluate.perplexity import perplexity_report
 
     result = perplexity_report(args.model, args.perplexity, args.batch, args.max_tokens, args.sequence_length,
-                               args.device, args.dtype)
+                               args.device, args.dtype, args.document_mask)
     if args.json:
         print_result(result, as_json=True)
         return

@@ -41,6 +41,7 @@ _TABLE: tuple[tuple[Verdict, str, str], ...] = (  # verdict, why, keys; `section
     ("allowed", "stages say by it what they draw, and nothing else does", "data.sources[].name"),
     ("confirm", "later samples come from other sources (each goes on where it stands)", "data.stages "
      "data.stages[].until_tokens data.stages[].weights"),
+    ("forbidden", "the data position counts samples that are put together so", "data.packing"),
     ("forbidden", "the data position counts samples of the tokens that were there", "data.sources[].content"),
     ("forbidden", "the ids of the data would mean other pieces than those the weights know", "data.tokenizer"),
     ("forbidden", "the data position counts samples of this length", "train.sequence_length"),
@@ -48,6 +49,7 @@ _TABLE: tuple[tuple[Verdict, str, str], ...] = (  # verdict, why, keys; `section
      "steps)", "train.tokens_per_step"),
     ("confirm", _SCHEDULE, "train.steps train.tokens"),
     ("confirm", _UPDATE, "train.gradient_clipping"),
+    ("confirm", "every later token is predicted from less or more (the data go on without a gap)", "data.document_mask"),
     ("allowed", "it says when a run that goes wrong is ended", "train.max_nonfinite_steps"),
     ("allowed", "the run goes back to before those steps", "train.skip_steps"),
     ("confirm", _UPDATE, "optimizer.lr optimizer.betas optimizer.eps optimizer.weight_decay optimizer.decay_norms "

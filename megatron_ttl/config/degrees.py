@@ -35,6 +35,10 @@ def degree_faults(run: RunFile, profile: DeepSpeedProfile, wrong: frozenset[str]
             faults.append(("parallel.pipeline", f"is {cut.pipeline:,}, and the model has {model.num_hidden_layers:,} "
                            "blocks; every stage needs one, the last one may have the head alone; set it to at most "
                            f"{most:,}"))
+    if wrong.isdisjoint({"parallel.pipeline", "data", "data.document_mask"}) and cut.pipeline > 1 and run.data.document_mask:
+        faults.append(("parallel.pipeline", f"is {cut.pipeline:,}, and the run file's data.document_mask is true; must be "
+                       "1 there: stages behind the first receive no token ids, and cannot know where documents begin; "
+                       "set it to 1, or data.document_mask to false"))
     sequence = {"parallel.sequence", "parallel.tensor", "train", "train.sequence_length"}
     if wrong.isdisjoint(sequence) and cut.sequence:
         length = run.train.sequence_length

@@ -45,6 +45,7 @@ _OTHER_NAMES = {  # what the same thing is called elsewhere
     "epochs": "train.tokens",
     "seq_length": "train.sequence_length", "seq_len": "train.sequence_length",
     "block_size": "train.sequence_length",
+    "reset_position_ids": "data.document_mask", "reset_attention_mask": "data.document_mask",
     "num_layers": "model.num_hidden_layers", "n_layer": "model.num_hidden_layers",
     "num_heads": "model.num_attention_heads", "n_head": "model.num_attention_heads",
     "ffn_hidden_size": "model.intermediate_size", "dim": "model.hidden_size", "d_model": "model.hidden_size",

@@ -90,6 +90,10 @@ class DataConfig(Section):
     """Tokenised datasets and their weights."""
     stages: tuple[StageConfig, ...] = ()
     """Weights by ranges of tokens, one after another, each source going on where it stood; absent: one, by `weight`."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents become samples: their stream cut as it comes, or whole documents fitted together and padded."""
+    document_mask: bool = False
+    """Attention stays within documents, and positions begin anew with each; not with a pipeline."""
 
 
 class TrainConfig(Section):

@@ -1,9 +1,7 @@
 """Cut flat token files into samples for next-token prediction: `(input_ids, labels)`, labels already shifted.
 
-A source is the stream of its documents, one after another, each closed by its EOS. Window w of it is
-`tokens[w * s : w * s + s + 1]`: the first s ids are the input, the last s the labels. Neighbouring windows
-share one id, so every id but the first is a label exactly once per epoch; fewer than s ids at the end fill no
-window and are counted as the remainder: tokens of a source = used + remainder.
+A source is the stream of its documents, one after another, each closed by its EOS. `packing.py` says which ids of it
+make a window, s inputs and s labels; usually `tokens[w * s : w * s + s + 1]`, whatever document they are of.
 """
 
 from __future__ import annotations
@@ -19,9 +17,8 @@ from megatron_ttl.data.indexed_dataset import IndexedDataset
 from megatron_ttl.data.manifest import require_same_tokens
 from megatron_ttl.data.mixture import StagedMixture
 from megatron_ttl.data.order import EpochOrder
+from megatron_ttl.data.packing import IGNORED_LABEL, BestFit, Concatenated, Packing
 from megatron_ttl.errors import DataError, UserError, raise_faults
-
-IGNORED_LABEL = -100
 
 
 class CausalLMDataset:
@@ -36,12 +33,17 @@ class CausalLMDataset:
         seed: of the order.
         stages: (token of the run before which it ends, weights of all sources) of each; the weights of `sources` then
             say nothing. Ends are whole samples, ascending; the last stage goes on without end.
+        packing: "concatenate" or "best_fit", see `packing.py`.
+        document_mask: attention is to stay within documents: what follows an EOS is no label.
 
     Attributes:
         mixture: which source each sample comes from.
         samples_per_epoch: windows of each source.
         used_tokens: ids of each source that its windows read.
-        remainder_tokens: ids of each source at its end that no window reads.
+        remainder_tokens: ids of each source that no window reads.
+        padding: input positions in an epoch of each source that hold none of its ids.
+        all_labelled: whether every position of every sample has a label.
+        eos_id: what ends a document, if attention is to stay within documents.
         unchecked_prefixes: sources without a manifest, whose tokenizer nobody can check.
 
     Raises:
@@ -49,19 +51,28 @@ class CausalLMDataset:
     """
 
     def __init__(self, sources: Sequence[tuple[str, float]], sequence_length: int, seed: int,
-                 stages: Sequence[tuple[int | None, Sequence[float]]] = ()) -> None:
+                 stages: Sequence[tuple[int | None, Sequence[float]]] = (), packing: str = "concatenate",
+                 document_mask: bool = False) -> None:
         assert sources and sequence_length > 0, (sources, sequence_length)
+        assert packing in ("concatenate", "best_fit"), packing
         self.sequence_length = sequence_length
         self.seed = seed
+        self.packing = packing
+        self.document_mask = document_mask
+        self.all_labelled = packing == "concatenate" and not document_mask
         self.datasets = _open_all([prefix for prefix, _ in sources])
         raise_faults(DataError, self._faults([weight for _, weight in sources]))
         manifests = {dataset.prefix: dataset.manifest for dataset in self.datasets if dataset.manifest}
         require_same_tokens(manifests, "training")
         self.weights = [weight for _, weight in sources]
         self.unchecked_prefixes = [dataset.prefix for dataset in self.datasets if dataset.manifest is None]
-        self.samples_per_epoch = [(dataset.token_count - 1) // sequence_length for dataset in self.datasets]
-        self.used_tokens = [count * sequence_length + 1 for count in self.samples_per_epoch]
-        self.remainder_tokens = [(dataset.token_count - 1) % sequence_length for dataset in self.datasets]
+        first = self.datasets[0].manifest
+        self.eos_id = first.tokenizer.eos_id if document_mask and first else None
+        self._packings = [self._pack(dataset) for dataset in self.datasets]
+        self.samples_per_epoch = [packed.rows for packed in self._packings]
+        self.used_tokens = [packed.used_tokens for packed in self._packings]
+        self.remainder_tokens = [packed.remainder_tokens for packed in self._packings]
+        self.padding = [packed.padding for packed in self._packings]
         self._stages = [(until, list(weights)) for until, weights in stages]
         self.mixture = StagedMixture([(until and until // sequence_length, weights)
                                       for until, weights in self._stages or [(None, self.weights)]])
@@ -75,9 +86,14 @@ class CausalLMDataset:
             if not (math.isfinite(weight) and weight > 0):
                 faults.append(f"{dataset.prefix}: has weight {weight}; a weight is a number above 0; "
                               "correct it, or take the source out")
-            if dataset.token_count < self.sequence_length + 1:
+            if self.packing == "best_fit" and dataset.token_count <= dataset.document_count:
+                faults.append(f"{dataset.prefix}: has {dataset.token_count:,} tokens in {dataset.document_count:,} "
+                              "documents; one sample needs a document of two; tokenise more text")
+            if self.packing == "concatenate" and dataset.token_count < self.sequence_length + 1:
                 faults.append(f"{dataset.prefix}: has {dataset.token_count:,} tokens; one sample needs "
                               f"{self.sequence_length + 1:,}; tokenise more text, or shorten the sequence")
+            if self.document_mask and dataset.manifest is None:
+                faults.append(_no_eos_known(dataset.prefix))
             split = dataset.manifest.held_out if dataset.manifest else None
             if split and split.role == "held_out":
                 faults.append(f"{dataset.prefix}: is held-out data; training may not read it; "
@@ -88,6 +104,12 @@ class CausalLMDataset:
                               "add the two weights")
             seen[real] = dataset.prefix
         return faults
+
+    def _pack(self, dataset: IndexedDataset) -> Packing:
+        if self.packing == "concatenate":
+            return Concatenated(dataset.token_count, self.sequence_length)
+        filler = dataset.manifest.tokenizer.eos_id if dataset.manifest else 0
+        return BestFit(dataset.document_ends(), self.sequence_length, filler)
 
     def locate(self, sample: int) -> tuple[int, int, int]:
         """Return (source number, epoch of that source, window) of a sample."""
@@ -116,9 +138,9 @@ class CausalLMDataset:
         input_ids = np.empty((len(windows), s), np.int64)
         labels = np.empty((len(windows), s), np.int64)
         for row, (source, window) in enumerate(zip(sources.tolist(), windows.tolist(), strict=True)):
-            tokens = self._tokens[source][window * s : window * s + s + 1]
-            input_ids[row] = tokens[:-1]
-            labels[row] = tokens[1:]
+            self._packings[source].fill(self._tokens[source], window, input_ids[row], labels[row])
+        if self.eos_id is not None:
+            labels[input_ids == self.eos_id] = IGNORED_LABEL
         return input_ids, labels
 
     def documents(self, numbers: Sequence[int]) -> dict[str, list[list[int]]]:
@@ -127,10 +149,9 @@ class CausalLMDataset:
         found: dict[str, list[list[int]]] = {}
         for source in np.unique(sources).tolist():
             dataset = self.datasets[source]
-            begins = np.sort(windows[sources == source]) * self.sequence_length
             ends = dataset.document_ends()
-            firsts = np.searchsorted(ends, begins, side="right")
-            lasts = np.searchsorted(ends, begins + self.sequence_length, side="right")  # of the last label
+            firsts, lasts = (np.searchsorted(ends, places, side="right")
+                             for places in self._packings[source].stretches(windows[sources == source]))
             ranges: list[list[int]] = []
             for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
                 if ranges and first <= ranges[-1][1] + 1:
@@ -149,6 +170,17 @@ class CausalLMDataset:
         drawn = self.samples_drawn(consumed_samples)
         return [count / size for count, size in zip(drawn, self.samples_per_epoch, strict=True)]
 
+    def packing_report(self) -> dict[str, Any]:
+        """Return how documents lie in samples, what no sample reads, and the share of all positions that is padding.
+
+        The share is that of a run that draws from the sources by their weights.
+        """
+        shares = [padding / (rows * self.sequence_length)
+                  for padding, rows in zip(self.padding, self.samples_per_epoch, strict=True)]
+        mean = sum(weight * share for weight, share in zip(self.weights, shares, strict=True)) / sum(self.weights)
+        return {"packing": self.packing, "document_mask": self.document_mask,
+                "remainder_tokens": sum(self.remainder_tokens), "padding_share": mean}
+
     def record(self) -> dict[str, Any]:
         """Return what determines every sample, for a checkpoint: equal records mean equal samples."""
         stages = [{"until_tokens": until, "weights": weights} for until, weights in self._stages]
@@ -156,6 +188,8 @@ class CausalLMDataset:
             "sequence_length": self.sequence_length,
             "seed": self.seed,
             **({"stages": stages} if stages else {}),
+            "packing": self.packing,
+            "document_mask": self.document_mask,
             "sources": [
                 {
                     "prefix": dataset.prefix,
@@ -177,17 +211,19 @@ class HeldOutDataset:
         prefix: a tokenised dataset that is not the training side of a split.
         sequence_length: s.
         max_tokens: read the first so many ids at most; absent: all.
+        document_mask: attention is to stay within documents: what follows an EOS is no label.
 
     Attributes:
         token_count: ids that are read.
-        label_count: labels over all windows, token_count - 1.
+        label_count: labels over all windows: all that are read but the first, of all or of each document.
+        eos_id: what ends a document, if attention is to stay within documents.
 
     Raises:
         DataError: damaged, the training side of a split, or without a single label.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], sequence_length: int,
-                 max_tokens: int | None = None) -> None:
+                 max_tokens: int | None = None, document_mask: bool = False) -> None:
         assert sequence_length > 0, sequence_length
         self.sequence_length = sequence_length
         self.dataset = IndexedDataset(prefix)
@@ -201,12 +237,20 @@ class HeldOutDataset:
         if self.token_count < 2:
             raise DataError(f"{self.prefix}: has {self.token_count} tokens to read; a label needs two; "
                             "tokenise more text, or raise max_tokens")
-        self.label_count = self.token_count - 1
+        if document_mask and self.manifest is None:
+            raise DataError(_no_eos_known(self.prefix))
         self._filler = self.manifest.tokenizer.eos_id if self.manifest else 0
+        self.eos_id = self._filler if document_mask else None
+        self.label_count = self.token_count - 1
+        if document_mask:
+            self.label_count -= int(np.count_nonzero(self.dataset.ids[0:self.token_count - 1] == self._filler))
+        if not self.label_count:
+            raise DataError(f"{self.prefix}: no document of what is read has two tokens; a label needs two; tokenise "
+                            "more text, or raise max_tokens")
 
     def __len__(self) -> int:
         """Return the number of windows."""
-        return -(-self.label_count // self.sequence_length)
+        return -(-(self.token_count - 1) // self.sequence_length)
 
     def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (input_ids, labels) of a window, int64.  # [s], [s]"""
@@ -218,6 +262,8 @@ class HeldOutDataset:
         labels = np.full(s, IGNORED_LABEL, np.int64)
         input_ids[:count] = tokens[:-1]
         labels[:count] = tokens[1:]
+        if self.eos_id is not None:
+            labels[input_ids == self.eos_id] = IGNORED_LABEL
         return input_ids, labels
 
     def samples(self, numbers: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -250,6 +296,11 @@ def require_apart(training: CausalLMDataset, held_out: Sequence[HeldOutDataset])
         manifests = {first.prefix: first.manifest}
         manifests |= {dataset.prefix: dataset.manifest for dataset in held_out if dataset.manifest}
         require_same_tokens(manifests, "evaluation beside training")
+
+
+def _no_eos_known(prefix: str) -> str:
+    return (f"{prefix}: has no manifest (.json); document_mask needs the id that ends a document; write the dataset with "
+            "tools/preprocess_data.py, or set document_mask to false")
 
 
 def _open_all(prefixes: list[str]) -> list[IndexedDataset]:

@@ -2,6 +2,8 @@
 
 Text is read in windows of s tokens side by side, without overlap: a token is predicted from 1 to s tokens,
 those that precede it in its window. Every token but the first of the file is predicted exactly once, EOS too.
+Where documents are kept apart, a token is predicted from those of its own document that precede it in its window, and
+the first of each document is not predicted.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +24,11 @@ from megatron_ttl.data.causal_lm_dataset import HeldOutDataset
 from megatron_ttl.errors import CheckpointError, DataError, UserError, raise_faults
 from megatron_ttl.generate.open_folder import OpenModel, open_model_folder
 from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL
+from megatron_ttl.model.llama import within_documents
 from megatron_ttl.parallel.loss import exact_loss_sum
 
 WINDOWS = "chunked, non-overlapping; a token sees what precedes it in its window"
+DOCUMENT_WINDOWS = "chunked, non-overlapping; a token sees what precedes it in its window and its document"
 
 
 # Not inference_mode: the model may be in training, and keeps its rotary tables.
@@ -92,7 +97,7 @@ def _unlabelled(sample: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.n
 
 def perplexity_report(folder: str | os.PathLike[str], prefixes: Iterable[str | os.PathLike[str]],
                       batch: int = 8, max_tokens: int | None = None, sequence_length: int | None = None,
-                      device: str = "auto", dtype: str = "float32") -> dict[str, Any]:
+                      device: str = "auto", dtype: str = "float32", document_mask: bool = False) -> dict[str, Any]:
     """Evaluate a model folder on tokenised datasets.
 
     Args:
@@ -102,6 +107,7 @@ def perplexity_report(folder: str | os.PathLike[str], prefixes: Iterable[str | o
         max_tokens: read at most so many tokens of each dataset.
         sequence_length: tokens per window; None: as many as the model has positions.
         device, dtype: as for `open_model_folder`.
+        document_mask: keep documents apart, as a run with data.document_mask does.
 
     Returns:
         The settings, `prefixes` (a list of measurements) and `total`.
@@ -113,12 +119,13 @@ def perplexity_report(folder: str | os.PathLike[str], prefixes: Iterable[str | o
     raise_faults(UserError, _number_faults(prefixes, batch, max_tokens, sequence_length))
     opened = open_model_folder(folder, device, dtype)
     length = sequence_length or opened.config.max_position_embeddings
-    datasets = _open_datasets(opened, prefixes, length, max_tokens)
+    datasets = _open_datasets(opened, prefixes, length, max_tokens, document_mask)
+    logits_of = partial(within_documents, opened.model, eos_id=opened.tokenizer.eos_id) if document_mask else opened.model
     rows = []
     started = time.perf_counter()
     for prefix, dataset in datasets.items():
         with console.progress(f"evaluating {prefix}", dataset.label_count, "tokens") as report:
-            nats, tokens = held_out_loss(opened.model, dataset, batch, report, opened.device)
+            nats, tokens = held_out_loss(logits_of, dataset, batch, report, opened.device)
         rows.append({"prefix": prefix, **_measures(opened, nats, tokens, _target_bytes(opened, dataset)),
                      "windows": len(dataset), "complete": dataset.token_count == dataset.dataset.token_count})
     seconds = time.perf_counter() - started
@@ -126,7 +133,8 @@ def perplexity_report(folder: str | os.PathLike[str], prefixes: Iterable[str | o
     total = {"prefix": "total", **_measures(opened, sums["nats"], sums["tokens"], sums["bytes"]),
              "windows": sums["windows"], "complete": all(row["complete"] for row in rows)}
     return {"model": str(opened.directory), "tokenizer": opened.tokenizer.checksum,
-            "device": str(opened.device), "dtype": dtype, "context_tokens": length, "windowing": WINDOWS,
+            "device": str(opened.device), "dtype": dtype, "context_tokens": length,
+            "windowing": DOCUMENT_WINDOWS if document_mask else WINDOWS,
             "prefixes": rows, "total": total, "tokens_per_s": round(sums["tokens"] / seconds, 1)}
 
 
@@ -141,7 +149,7 @@ def _number_faults(prefixes: list[str], batch: int, max_tokens: int | None,
 
 
 def _open_datasets(opened: OpenModel, prefixes: list[str], sequence_length: int,
-                   max_tokens: int | None) -> dict[str, HeldOutDataset]:
+                   max_tokens: int | None, document_mask: bool) -> dict[str, HeldOutDataset]:
     """Open all datasets and check each against the model; all faults at once."""
     datasets, faults = {}, []
     positions = opened.config.max_position_embeddings
@@ -150,7 +158,7 @@ def _open_datasets(opened: OpenModel, prefixes: list[str], sequence_length: int,
                       "give at most so many")
     for prefix in prefixes:
         try:
-            datasets[prefix] = HeldOutDataset(prefix, sequence_length, max_tokens)
+            datasets[prefix] = HeldOutDataset(prefix, sequence_length, max_tokens, document_mask)
         except DataError as error:
             faults += error.faults
         else:
@@ -174,13 +182,22 @@ def _fit_faults(opened: OpenModel, prefix: str, dataset: HeldOutDataset) -> Iter
 
 
 def _target_bytes(opened: OpenModel, dataset: HeldOutDataset) -> int:
-    """Count the UTF-8 bytes of the tokens that are predicted: all that are read but the first."""
+    """Count the UTF-8 bytes of the tokens that are predicted: all that are read but the first, of all or of each document."""
     ids = np.asarray(dataset.dataset.tokens[: dataset.token_count])
-    first = len(opened.tokenizer.decode(ids[:1]).encode())
+    unasked = ids[:1]
+    if dataset.eos_id is not None:
+        unasked = np.append(unasked, ids[1:][ids[:-1] == dataset.eos_id])
+    numbers, counts = np.unique(unasked, return_counts=True)
+    first = sum(count * _text_bytes(opened.tokenizer.decode([number]))
+                for number, count in zip(numbers.tolist(), counts.tolist(), strict=True))
     if dataset.token_count == dataset.dataset.token_count:
         return dataset.manifest.text_bytes - first
     documents = np.split(ids, np.flatnonzero(ids == opened.tokenizer.eos_id) + 1)
     return sum(len(opened.tokenizer.decode(document).encode()) for document in documents) - first
+
+
+def _text_bytes(piece: str) -> int:
+    return 1 if piece == "\ufffd" else len(piece.encode())  # a byte piece alone is no UTF-8
 
 
 def _measures(opened: OpenModel, nats: float, tokens: int, text_bytes: int) -> dict[str, Any]:

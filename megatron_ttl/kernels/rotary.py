@@ -23,11 +23,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [b, s, heads, d].
-        cos, sin: [s, d/2] fp32, rows of `rotary_tables` for the positions of `x`.
+        cos, sin: [s, d/2] or [b, s, d/2] fp32, rows of `rotary_tables` for the positions of `x`.
 
     Returns:
         [b, s, heads, d] in the dtype of `x`.
     """
     first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]  # [s, 1, d/2]
+    cos, sin = cos[..., None, :], sin[..., None, :]  # [s, 1, d/2] or [b, s, 1, d/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -6,6 +6,7 @@ v vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.kernels.attention import attention
+from megatron_ttl.kernels.documents import Documents, documents_of
 from megatron_ttl.kernels.rms_norm import rms_norm
 from megatron_ttl.kernels.rotary import rotary, rotary_tables
 from megatron_ttl.kernels.swiglu import swiglu
@@ -63,23 +65,27 @@ class SelfAttention(nn.Module):
         cos, sin = self._rotary
         return cos[start : start + count], sin[start : start + count]
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, documents: Documents | None = None) -> Tensor:
         """[b, s, h] -> [b, s, h]"""
-        return self.mix(self.qkv_proj(x), cache)
+        return self.mix(self.qkv_proj(x), cache, documents)
 
-    def mix(self, packed: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def mix(self, packed: Tensor, cache: KeyValueCache | None = None, documents: Documents | None = None) -> Tensor:
         """Attend and project back: [b, s, (n + 2k) d] -> [b, s, h]. The numbers of heads follow from the width."""
+        assert cache is None or documents is None, "a cache holds one document"
         batch, length, _ = packed.shape
         heads = packed.view(batch, length, -1, self.head_dim)  # [b, s, n + 2k, d]
         kv_heads = heads.shape[2] // (self.groups + 2)
         # Queries and keys turn together: they lie side by side in the packed projection.
         turned, value = heads.split((kv_heads * (self.groups + 1), kv_heads), dim=2)
         cos, sin = self._angles(cache.length if cache else 0, length, packed.device)
+        positions, mask = documents or (None, None)
+        if positions is not None:
+            cos, sin = cos[positions], sin[positions]  # [b, s, d/2]
         query, key = rotary(turned, cos, sin).split((kv_heads * self.groups, kv_heads), dim=2)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
         if cache is not None:
             key, value = cache.append(key, value)
-        mixed = attention(query, key, value)  # [b, n, s, d]
+        mixed = attention(query, key, value, mask)  # [b, n, s, d]
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -120,9 +126,9 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, documents: Documents | None = None) -> Tensor:
         """[b, s, h] -> [b, s, h]"""
-        x = x + self.self_attn(self.input_layernorm(x), cache)
+        x = x + self.self_attn(self.input_layernorm(x), cache, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -142,6 +148,34 @@ class LMHead(nn.Module):
 def layer_classes(config: ModelConfig) -> list[type[nn.Module]]:
     """Return the classes of the layers in order; layer i of a model is `layer_classes(config)[i](config)`."""
     return [TokenEmbedding, *[TransformerBlock] * config.num_hidden_layers, LMHead]
+
+
+class SequentialWithinDocuments(nn.Sequential):
+    """All layers of a model, one after the other; documents that share a sample do not see each other."""
+
+    def __init__(self, layers: Iterable[nn.Module], eos_id: int) -> None:
+        super().__init__(*layers)
+        self.eos_id = eos_id
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[b, s] -> [b, s, v]"""
+        return within_documents(self, input_ids, self.eos_id)
+
+
+def within_documents(layers: Iterable[nn.Module], input_ids: Tensor, eos_id: int) -> Tensor:
+    """Compute logits so that every document of a sample has those it would have alone: [b, s] -> [b, s, v].
+
+    Args:
+        layers: all layers of a model, in order.
+        input_ids: [b, s]; a document begins a sample, and after every `eos_id`.
+        eos_id: the id that ends a document and stands nowhere else.
+    """
+    embedding, *blocks, head = layers
+    x = embedding(input_ids)
+    documents = documents_of(input_ids, eos_id, x.dtype)
+    for block in blocks:
+        x = block(x, None, documents)
+    return head(x)
 
 
 def initialize_layer(layer: nn.Module, config: ModelConfig, index: int, seed: int) -> None:

@@ -8,14 +8,15 @@ import io
 from torch import nn
 
 from megatron_ttl.config.schema import RunFile
-from megatron_ttl.model.llama import layer_classes
+from megatron_ttl.model.llama import SequentialWithinDocuments, layer_classes
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.parallel.pipeline import LossFunction, PipelineStage
 from megatron_ttl.parallel.recompute import Recompute, recompute_in
 from megatron_ttl.parallel.shard import build_layer
 
 
-def build_part(run: RunFile, mesh: Mesh, recompute: Recompute, loss: LossFunction) -> nn.Module:
+def build_part(run: RunFile, mesh: Mesh, recompute: Recompute, loss: LossFunction,
+               eos_id: int | None = None) -> nn.Module:
     """Build what this process owns, from the run's seed, on the host.
 
     Args:
@@ -23,6 +24,7 @@ def build_part(run: RunFile, mesh: Mesh, recompute: Recompute, loss: LossFunctio
         mesh: where this process stands.
         recompute: what blocks forget.
         loss: (logits, labels) -> scalar; the pipeline's last stage calls it, elsewhere the caller does.
+        eos_id: what ends a document, if documents that share a sample are not to see each other; not with a pipeline.
 
     Returns:
         A module whose parameters have the same names under every layout: `<layer>.<weight>`.
@@ -31,6 +33,8 @@ def build_part(run: RunFile, mesh: Mesh, recompute: Recompute, loss: LossFunctio
         return recompute_in(build_layer(run.model, index, run.run.seed, mesh), recompute)
 
     if mesh.layout.pipeline == 1:
-        return nn.Sequential(*[layer(index) for index in range(len(layer_classes(run.model)))])
+        layers = [layer(index) for index in range(len(layer_classes(run.model)))]
+        return nn.Sequential(*layers) if eos_id is None else SequentialWithinDocuments(layers, eos_id)
+    assert eos_id is None, "stages behind the first have no ids"
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition
         return PipelineStage(run.model, run.train.sequence_length, mesh, layer, loss)

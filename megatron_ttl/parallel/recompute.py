@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ttl.kernels.documents import Documents
 from megatron_ttl.kernels.swiglu import swiglu
 from megatron_ttl.model.llama import TransformerBlock
 
@@ -37,17 +38,19 @@ def _forgetting(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def _full(block: TransformerBlock, forward: Callable[..., Tensor], x: Tensor, cache: Any = None) -> Tensor:
+def _full(block: TransformerBlock, forward: Callable[..., Tensor], x: Tensor, cache: Any = None,
+          documents: Documents | None = None) -> Tensor:
     if not block.training or cache is not None:
-        return forward(block, x, cache)
-    return _forgetting(partial(forward, block), x)
+        return forward(block, x, cache, documents)
+    return _forgetting(lambda t: forward(block, t, None, documents), x)
 
 
-def _selective(block: TransformerBlock, forward: Callable[..., Tensor], x: Tensor, cache: Any = None) -> Tensor:
+def _selective(block: TransformerBlock, forward: Callable[..., Tensor], x: Tensor, cache: Any = None,
+               documents: Documents | None = None) -> Tensor:
     """The block's own formula, with its four parts grouped by what is forgotten."""
     if not block.training or cache is not None:
-        return forward(block, x, cache)
+        return forward(block, x, cache, documents)
     attention, mlp = block.self_attn, block.mlp
-    x = x + attention.mix(_forgetting(lambda t: attention.qkv_proj(block.input_layernorm(t)), x))
+    x = x + attention.mix(_forgetting(lambda t: attention.qkv_proj(block.input_layernorm(t)), x), None, documents)
     wide = _forgetting(lambda t: mlp.gate_up_proj(block.post_attention_layernorm(t)), x)
     return x + _forgetting(lambda t: mlp.down_proj(swiglu(t)), wide)

@@ -30,8 +30,8 @@ from megatron_ttl.train.open_data import open_data
 from megatron_ttl.train.schedule import Schedule
 
 ASSUMED_MFU = 0.40
-_NEEDED_TO_OPEN_DATA = ("data.sources", "data.stages", "train.sequence_length", "model.vocab_size", "run.seed",
-                        "evaluation.prefixes", "evaluation.max_tokens")
+_NEEDED_TO_OPEN_DATA = ("data.sources", "data.stages", "data.packing", "data.document_mask", "train.sequence_length",
+                        "model.vocab_size", "run.seed", "evaluation.prefixes", "evaluation.max_tokens")
 
 BOARD_POWER_W = {"A100": 400, "H100": 700, "H200": 700}
 """Largest power of the SXM board, without the host.
@@ -135,6 +135,8 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
         faults += more
     raise_faults(ConfigError, faults)
     result = forecast(reading.settings, world_size, dataset)
+    if dataset is not None:
+        result |= dataset.packing_report()
     if changes:
         result["changes"] = [dict(zip(CHANGE_HEADER, change.row, strict=True)) for change in changes]
     require_free_space(Path(run.run.dir), result["checkpoints_at_once_bytes"], "all checkpoints of the run")

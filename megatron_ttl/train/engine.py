@@ -43,7 +43,7 @@ class Engine:
     """This process's part of the model, its optimizer and DeepSpeed around them."""
 
     def __init__(self, run: RunFile, deepspeed_settings: dict[str, Any], mesh: Mesh,
-                 recompute: Recompute = "none") -> None:
+                 recompute: Recompute = "none", eos_id: int | None = None) -> None:
         """Build this process's part from the run's seed and hand it to DeepSpeed.
 
         Args:
@@ -51,6 +51,7 @@ class Engine:
             deepspeed_settings: from `resolve_deepspeed`.
             mesh: from `join`, cut.
             recompute: what blocks forget and compute again.
+            eos_id: what ends a document, if attention is to stay within documents.
         """
         self.mesh = mesh
         self.beat: Callable[[], None] = lambda: None  # called before every micro batch: this process moves
@@ -63,7 +64,7 @@ class Engine:
         self._fp16 = bool(deepspeed_settings.get("fp16", {}).get("enabled"))
         if not self._fp16 and not deepspeed_settings.get("bf16", {}).get("enabled"):
             torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-        model = build_part(run, mesh, recompute, self._scaled_loss)
+        model = build_part(run, mesh, recompute, self._scaled_loss, eos_id)
         initial = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
         self.decay_groups = parameter_groups(model, run.optimizer)
         offload = "offload_optimizer" in deepspeed_settings["zero_optimization"]
@@ -116,7 +117,8 @@ class Engine:
         """
         assert len(micro_batches) == self.accumulation
         if global_tokens is None:
-            global_tokens = int(self.mesh.sum_data_parallel(valid_tokens(micro_batches))[0])
+            # A step without a single label has no gradient; it is no fault.
+            global_tokens = int(self.mesh.sum_data_parallel(valid_tokens(micro_batches))[0]) or 1
         self._scale = backward_scale(global_tokens, self.accumulation, self.mesh.data_parallel_size)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

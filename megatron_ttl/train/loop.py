@@ -77,7 +77,7 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
                 if run.train.leaves_out(state.step + 1):
                     leave_out(session)
                 else:
-                    result = engine.train_step(micro_batches, lr, run.train.tokens_per_step)
+                    result = engine.train_step(micro_batches, lr, session.labels_per_step)
                     state.advance(run, moved=not result.skipped)
                     interval.add(result, batches.wait_s)
                     judge(session, result)

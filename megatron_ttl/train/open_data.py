@@ -25,13 +25,15 @@ def open_data(run: RunFile) -> tuple[CausalLMDataset, dict[str, HeldOutDataset]]
     try:
         dataset = CausalLMDataset([(source.prefix, source.weight) for source in run.data.sources],
                                   run.train.sequence_length, run.run.seed,
-                                  stages_of(run.data) if run.data.stages else ())
+                                  stages_of(run.data) if run.data.stages else (), run.data.packing,
+                                  run.data.document_mask)
     except UserError as error:
         faults += error.faults
     held_out = {}
     for prefix in run.evaluation.prefixes:
         try:
-            held_out[prefix] = HeldOutDataset(prefix, run.train.sequence_length, run.evaluation.max_tokens)
+            held_out[prefix] = HeldOutDataset(prefix, run.train.sequence_length, run.evaluation.max_tokens,
+                                              run.data.document_mask)
         except UserError as error:
             faults += error.faults
     if dataset is not None:

@@ -85,6 +85,11 @@ class Session:
         if self.mesh.is_first:
             print(line, file=sys.stderr, flush=True)
 
+    @property
+    def labels_per_step(self) -> int | None:
+        """Labels of every step over all processes; None where each step has another number."""
+        return self.run.train.tokens_per_step if self.dataset.all_labelled else None
+
     def samples_of(self, step: int) -> dict[str, Any]:
         """Return which samples a step of this session read, [first, after the last), and of which documents they are."""
         first = self.state.consumed_samples - (self.state.step - step + 1) * self.run.samples_per_step
@@ -157,7 +162,7 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     folder = RunFolder(settings, lock)
     checkpoint = _claim(folder, mesh)
     seed_everything(run.run.seed)
-    engine = Engine(run, resolved, mesh, profile.recompute)
+    engine = Engine(run, resolved, mesh, profile.recompute, dataset.eos_id)
     carried = checkpoint.record if checkpoint else {}
     if mesh.is_first:
         folder.describe(resolved, environment_report(), tokenizer_directory(dataset))
@@ -229,7 +234,7 @@ def _introduce(session: Session, checkpoint: Checkpoint | None) -> None:
     # With a pipeline these are the first stage's.
     session.say("; ".join(f"{len(group['names'])} tensors with weight decay {group['weight_decay']}"
                           for group in session.engine.decay_groups)
-                + f"; {sum(dataset.remainder_tokens):,} tokens of the data left over by whole sequences")
+                + f"; {_packing_line(dataset)}")
     pieces = outline(session.engine.deepspeed, run.model, session.mesh)
     needed = session.folder.store.bytes_needed(pieces, session.record(), session.mesh)
     session.say(f"a checkpoint needs {human_bytes(needed)}, {human_bytes(free_bytes(session.folder.path))} are free")
@@ -246,3 +251,13 @@ def _warn_of_repeats(session: Session) -> None:
         session.say(f"warning: {prefix} will have been read {epochs:.2f} times at the end of the run; text that is read "
                     f"more than {MAX_USEFUL_EPOCHS} times teaches less and less (Muennighoff et al. 2023); add text, lower "
                     "its weight, or shorten the run")
+
+
+def _packing_line(dataset: CausalLMDataset) -> str:
+    """Say what no sample reads, and where documents lie otherwise than end to end."""
+    report = dataset.packing_report()
+    left = f"{report['remainder_tokens']:,} tokens of the data left over by whole sequences"
+    if dataset.packing == "best_fit":
+        left = (f"best-fit packing: {report['padding_share']:.2%} of the positions are padding, "
+                f"{report['remainder_tokens']:,} tokens lie in documents of one")
+    return f"{left}; attention stays within documents" if dataset.document_mask else left

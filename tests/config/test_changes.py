@@ -57,13 +57,15 @@ RUN_CHANGES = {
                 "energy.country_iso_code=PRT", "energy.measure_power_s=5.0", "checkpoint.every_steps=7",
                 "checkpoint.keep_last=9", "checkpoint.keep_every_steps=20"],
     "confirm": ["train.steps=200", "train.tokens_per_step=1024", "train.gradient_clipping=1.0", "optimizer.lr=2e-3",
+                "data.document_mask=true",
                 "optimizer.betas=[0.9, 0.99]", "optimizer.eps=1e-6", "optimizer.weight_decay=0.2",
                 "optimizer.decay_norms=true", "optimizer.decay_embeddings=false", "schedule.warmup_steps=5",
                 "schedule.min_lr=1e-5", "schedule.kind=constant"],
     "forbidden": ["run.seed=1", "run.start_from=other", "model.hidden_size=128", "model.intermediate_size=256",
                   "model.num_hidden_layers=3", "model.num_attention_heads=2", "model.num_key_value_heads=1",
                   "model.vocab_size=600", "model.max_position_embeddings=256", "model.rms_norm_eps=1e-5",
-                  "model.rope_theta=500000.0", "model.init=tinyllama", "train.sequence_length=32"],
+                  "model.rope_theta=500000.0", "model.init=tinyllama", "train.sequence_length=32",
+                  "data.packing=best_fit"],
 }
 PROFILE_CHANGES = [
     ("allowed", "train_micro_batch_size_per_gpu", {"train_micro_batch_size_per_gpu": 4}, {}),
@@ -226,6 +228,7 @@ def test_what_a_newer_release_wrote_is_not_dropped(tmp_path):
     ("zzz", "e.g. optimizer.lr or optimizer"), ("optimizer.lr=3", "did you mean 'optimizer.lr'"),
     ("model.hidden_size", "may not change within a run; .*this shape.*; remove the flag"),
     ("model", "may not change within a run"), ("run.seed", "order of the data"), ("data.sources", "may not change"),
+    ("data.packing", "may not change"),
     ("data.sources[0].weight", "may not change"), ("data.tokenizer", "other pieces"),
     ("train.sequence_length", "of this length"),
 ])

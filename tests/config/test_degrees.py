@@ -22,6 +22,8 @@ BLOCKS = int(RUN.split("num_hidden_layers = ")[1].split()[0])
     ({"sequence": True}, [], "sequence: is true with tensor 1; must be false"),
     ({"tensor": 4, "sequence": True}, ["train.sequence_length=30", "train.tokens_per_step=240"],
      "sequence: is true, and train.sequence_length 30 over 4 ranks leaves 2 tokens; must divide; .*tensor to 2, or "),
+    ({"pipeline": 2}, ["data.document_mask=true"], "parallel.pipeline: is 2, and .*data.document_mask is true; must be 1 "
+     "there: stages behind the first receive no token ids.*; set it to 1, or data.document_mask to false"),
     ({"replica_check_steps": 0}, [], "parallel.replica_check_steps: is 0; must be"),
 ])
 def test_degrees_that_do_not_fit_the_model(tmp_path, parallel, overrides, message):

@@ -67,7 +67,8 @@ def test_the_full_files_are_right(tmp_path):
     given = {f"{section}.{key}" for section, table in FULL_RUN.items() for key in table}
     assert set(leaf_keys(RunFile)) - given <= {"train.tokens", "schedule.warmup_tokens", "schedule.decay_tokens",
                                                "checkpoint.asynchronous", "train.skip_steps", "log.spike_sigmas",
-                                               "data.stages", "train.max_nonfinite_steps", "log.tensorboard"}
+                                               "data.stages", "data.packing", "data.document_mask",
+                                               "train.max_nonfinite_steps", "log.tensorboard"}
 
 
 def table_of(tables, section):

@@ -77,6 +77,29 @@ def test_report_equals_transformers(model_folder, prefix, oracle):
     assert report["context_tokens"] == 48 and "non-overlapping" in report["windowing"]
 
 
+def test_documents_apart_equal_transformers(model_folder, prefix, other_prefix, oracle, tokenizer_folder):
+    """Every stretch of a document in a window alone through transformers; bytes of what is asked, with and without BOS."""
+    report = perplexity_report(model_folder, [prefix, other_prefix], batch=3, device="cpu", document_mask=True)
+    assert report["windowing"].endswith("its window and its document")
+    for row in report["prefixes"]:
+        flat = torch.from_numpy(np.array(IndexedDataset(row["prefix"]).tokens, dtype=np.int64))
+        nats, tokens, asked = 0.0, 0, []
+        for start in range(0, len(flat) - 1, 48):
+            window = flat[start : start + 49]
+            ends = [place + 1 for place in range(48) if place < len(window) and window[place] == 2]
+            for begin, end in zip([0, *ends], [*ends, len(window)], strict=True):
+                if end - begin > 1:
+                    with torch.no_grad():
+                        loss = oracle(window[None, begin:end], labels=window[None, begin:end]).loss
+                    nats, tokens = nats + float(loss) * (end - begin - 1), tokens + end - begin - 1
+                    asked += window[begin + 1 : end].tolist()
+        assert row["tokens"] == tokens == len(flat) - IndexedDataset(row["prefix"]).document_count
+        assert row["nats_per_token"] == pytest.approx(nats / tokens, abs=1e-5)
+        assert row["bytes"] == sum(piece_bytes(asked, tokenizer_folder))
+    ordinary = perplexity_report(model_folder, [prefix], device="cpu")["total"]["nats_per_token"]
+    assert abs(report["prefixes"][0]["nats_per_token"] - ordinary) > 1e-3
+
+
 def test_each_window_starts_afresh(prefix):
     """The loss by hand: every token but the first, from the one before."""
     flat = torch.from_numpy(np.array(IndexedDataset(prefix).tokens, dtype=np.int64))
@@ -149,15 +172,18 @@ def test_many_rows_are_summed_in_parts(prefix, monkeypatch):
 
 
 def target_bytes(prefix, tokenizer_folder, count) -> int:
-    """UTF-8 bytes of tokens 1 to count - 1, piece by piece: no decoder has a say."""
+    """UTF-8 bytes of tokens 1 to count - 1."""
+    return sum(piece_bytes(np.array(IndexedDataset(prefix).tokens[1:count]).tolist(), tokenizer_folder))
+
+
+def piece_bytes(ids, tokenizer_folder):
+    """Yield the UTF-8 bytes of each piece: no decoder has a say."""
     processor = Tokenizer.load(tokenizer_folder)._processor
-    total = 0
-    for token in np.array(IndexedDataset(prefix).tokens[1:count]).tolist():
+    for token in ids:
         if processor.is_byte(token):
-            total += 1
+            yield 1
         elif not processor.is_control(token):
-            total += len(processor.id_to_piece(token).replace("\u2581", " ").encode())
-    return total
+            yield len(processor.id_to_piece(token).replace("\u2581", " ").encode())
 
 
 def test_bits_per_byte_of_everything(model_folder, prefix, other_prefix, tokenizer_folder):
