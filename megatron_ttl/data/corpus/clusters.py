@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ttl.data.corpus.dedup_settings import DedupSettings
 from megatron_ttl.data.corpus.scan import Scan
 from megatron_ttl.data.corpus.sorted_keys import Repeats, Run, repeats
 from megatron_ttl.files import atomic_write
@@ -91,8 +92,8 @@ def exact_clusters(scans: Sequence[Scan], numbers: Numbers) -> np.ndarray:
     return first
 
 
-def join_band(scans: Sequence[Scan], numbers: Numbers, band: int, parents: np.ndarray, alive: np.ndarray,
-              num_hashes: int, min_similarity: float) -> None:
+def join_band(scans: Sequence[Scan], numbers: Numbers, band: int, settings: DedupSettings, parents: np.ndarray,
+              alive: np.ndarray) -> None:
     """Join the documents that share the key of one band.
 
     With a `min_similarity` the first document of a key leads: those that are like it are joined with it; of the rest the
@@ -102,15 +103,16 @@ def join_band(scans: Sequence[Scan], numbers: Numbers, band: int, parents: np.nd
         parents: as `join` has them; changed in place.
         alive: documents that are looked at.  # bool [documents]
     """
-    for group in repeats(numbers.runs([scan.band(band) for scan in scans]), numbers.of_place, alive):
-        if min_similarity == 0:
+    for group in repeats(numbers.runs([scan.bands(settings.bands)[band] for scan in scans]), numbers.of_place, alive):
+        if settings.min_similarity == 0:
             join(parents, group.documents, group.firsts)
             continue
         for _ in range(_MOST_LEADERS):
             if not len(group.documents):
                 break
             leaders = group.firsts
-            like = _share_of_equal(scans, numbers, group.documents, leaders, num_hashes) >= min_similarity
+            share = _share_of_equal(scans, numbers, group.documents, leaders, settings.num_hashes)
+            like = share >= settings.min_similarity
             join(parents, group.documents[like], leaders[like])
             group = _rest(group, ~like & (group.documents != leaders))
 

@@ -132,7 +132,7 @@ def _compare(scans: Sequence[Scan], settings: DedupSettings, stages: Path) -> Ve
         parents = load_parents(stages, done)
         assert parents is not None
     for band in range(done, bands):
-        join_band(scans, numbers, band, parents, alive, settings.num_hashes, settings.min_similarity)
+        join_band(scans, numbers, band, settings, parents, alive)
         save_parents(stages, band + 1, parents)
         if band:
             (stages / f"stage-{band:03}.bin").unlink()

@@ -78,9 +78,9 @@ class Scan:
         """Hash of each normalised text.  # record [documents]"""
         return map_file(self.folder / "exact.bin", _EXACT)
 
-    def band(self, number: int) -> np.ndarray:
-        """Key of one band of each document that is long enough.  # record [documents or fewer]"""
-        return map_file(self.folder / f"band-{number:03}.bin", _BAND)
+    def bands(self, count: int) -> np.ndarray:
+        """Keys of each band of each document that is long enough.  # record [count, documents or fewer]"""
+        return map_file(self.folder / "bands.bin", _BAND).reshape(count, -1)
 
     @property
     def paragraphs(self) -> np.ndarray:
@@ -193,10 +193,11 @@ class _Collected:
         if self.settings.near:
             self._sign()
             keys = np.concatenate(self.bands, axis=1)
-            for number in range(self.settings.bands):
-                band = np.empty(len(self.band_rows), _BAND)
-                band["key"], band["row"] = keys[number], self.band_rows
-                sort_entries(band).tofile(folder / f"band-{number:03}.bin")
+            with open(folder / "bands.bin", "xb") as handle:
+                for number in range(self.settings.bands):
+                    band = np.empty(len(self.band_rows), _BAND)
+                    band["key"], band["row"] = keys[number], self.band_rows
+                    sort_entries(band).tofile(handle)
         if self.settings.exact:
             halves = np.frombuffer(b"".join(self.exact), ">u8").reshape(-1, 2)
             exact = np.empty(self.count, _EXACT)

@@ -6,8 +6,8 @@ one range of keys at a time, and a range has as many entries as memory allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,8 +58,7 @@ def map_file(path: Path, dtype: np.dtype | str) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
-def repeats(runs: Sequence[Run], numbers: np.ndarray | None, alive: np.ndarray | None,
-            entries_at_once: int = ENTRIES_AT_ONCE) -> Iterator[Repeats]:
+def repeats(runs: Sequence[Run], numbers: np.ndarray | None, alive: np.ndarray | None) -> Iterator[Repeats]:
     """Yield all entries whose key occurs twice or more, a range of keys at a time.
 
     Where the entries have a field "check", it must be equal too.
@@ -68,10 +67,9 @@ def repeats(runs: Sequence[Run], numbers: np.ndarray | None, alive: np.ndarray |
         runs: the entries of every shard, in order.
         numbers: the number of each document, where it is not its place in the order of the shards.  # [documents]
         alive: the documents that are looked at, by number; all by default.  # bool [documents]
-        entries_at_once: entries that are in memory at a time.
     """
     total = sum(len(run.entries) for run in runs)
-    ranges = -(-total // entries_at_once) or 1
+    ranges = -(-total // ENTRIES_AT_ONCE) or 1
     bounds = [part * 2**64 // ranges for part in range(ranges + 1)]
     places = [[_first_at(run.entries, bound) for bound in bounds] for run in runs]
     for part in range(ranges):
