@@ -12,7 +12,7 @@ from megatron_ttl.data.corpus.scan import Scan
 from megatron_ttl.data.corpus.sorted_keys import Repeats, Run, repeats
 from megatron_ttl.files import atomic_write
 
-_PAIRS_AT_ONCE = 1 << 14
+_PAIRS_AT_ONCE, _DOCUMENTS_AT_ONCE = 1 << 14, 1 << 17
 _MOST_LEADERS = 64  # of one key: a crowd of documents that share a band and are unlike is not compared all with all
 
 
@@ -39,6 +39,14 @@ def roots(parents: np.ndarray, documents: np.ndarray) -> np.ndarray:
         if np.array_equal(above, top):
             return above
         parents[documents] = top
+
+
+def settle(parents: np.ndarray) -> np.ndarray:
+    """Give every document the smallest number of its cluster; changes and returns `parents`."""
+    for start in range(0, len(parents), _DOCUMENTS_AT_ONCE):
+        some = np.arange(start, min(start + _DOCUMENTS_AT_ONCE, len(parents)))
+        parents[some] = roots(parents, some)
+    return parents
 
 
 class Numbers:

@@ -6,9 +6,9 @@ does not depend on lengths or workers, and shards that are added at the end drop
 First come exact copies, then near ones among the rest, then paragraphs of what is left: a paragraph of a dropped
 document never counts as the first.
 
-Memory: 26 bytes per document in all (42 with `prefer`), 0.4 GiB while keys are sorted, and per worker about 400 bytes per
-document of its shard. Disk, in the work folder: 20 bytes per document for exact, 12 per band, 4 per hash where
-`min_similarity` asks for signatures, 28 per long paragraph, and about 100 for identifiers and stages.
+Memory: 31 bytes per document in all (47 with `prefer`), at most 0.4 GiB while keys are sorted, and per worker 900 bytes per
+document of its shard. So 2 GiB hold 50 million documents. Disk, in the work folder: per document 256 bytes with 14 bands,
+4 more for each hash where `min_similarity` asks for signatures, 24 while clusters are joined; and 28 per long paragraph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ttl.data.corpus.clusters import Numbers, exact_clusters, join_band, load_parents, roots, save_parents
+from megatron_ttl.data.corpus.clusters import Numbers, exact_clusters, join_band, load_parents, save_parents, settle
 from megatron_ttl.data.corpus.decisions import Decision, Verdict, read_decisions
 from megatron_ttl.data.corpus.dedup_settings import DedupSettings
 from megatron_ttl.data.corpus.minhash import collision_probability
@@ -100,7 +100,7 @@ def _scan(shards: Sequence[Path], settings: DedupSettings, work: Path, workers: 
     numbered = list(enumerate(shards))
     results = (((item, scan_one(item)) for item in numbered) if workers == 1 else
                in_processes(scan_one, numbered, workers, "use fewer workers, or smaller shards (a worker needs about "
-                                                         "400 bytes per document of a shard)"))
+                                                         "900 bytes per document of a shard)"))
     scans, done = [], 0
     with closing(results):
         for (_, shard), name in results:
@@ -136,7 +136,7 @@ def _compare(scans: Sequence[Scan], settings: DedupSettings, stages: Path) -> Ve
         save_parents(stages, band + 1, parents)
         if band:
             (stages / f"stage-{band:03}.bin").unlink()
-    return Verdict(scans, numbers, first, roots(parents, np.arange(numbers.count)))
+    return Verdict(scans, numbers, first, settle(parents))
 
 
 def _expectations(settings: DedupSettings) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def read_shard(path: Path) -> Iterator[tuple[str, str, str]]:
         raise DataError("zstandard is not installed; it is needed for shards; pip install 'megatron_ttl[corpus]'") from None
     line = 0
     try:
-        with open(path, "rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as unpacked:
+        with open(path, "rb") as packed:
+            unpacked = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
             for line, text in enumerate(TextIOWrapper(unpacked, "utf-8", newline="\n"), 1):
                 record = json.loads(text)
                 yield record["id"], record["source"], record["text"]
@@ -127,7 +128,7 @@ def scan_shard(settings: DedupSettings, work: Path, numbered: tuple[int, Path]) 
 
 @dataclass
 class _Collected:
-    """What has been taken from the documents so far: about 400 bytes per document, signatures being on the disk."""
+    """What has been taken from the documents so far: about 900 bytes per document; signatures are on the disk."""
 
     settings: DedupSettings
     signatures: IO[bytes]
