@@ -165,6 +165,14 @@ def test_the_report_tells_sizes_sources_and_the_largest(tmp_path):
     assert report["settings"]["bands"] == 14
 
 
+def test_nothing_to_compare_is_no_fault(tmp_path):
+    for number, shards in enumerate(([], [[]], [[], ["um texto"]])):
+        result = find_duplicates(write_shards(tmp_path / f"in-{number}", shards), DedupSettings(min_similarity=0.5),
+                                 tmp_path / f"work-{number}", 1)
+        assert (result.report["kept"], result.report["clusters_by_size"]) == (sum(map(len, shards)), {})
+        assert all(result.of_shard(shard) == {} for shard in range(len(shards)))
+
+
 def test_what_cannot_be_used_is_said(tmp_path):
     shards = write_shards(tmp_path / "in", [["um texto"], []])
     with pytest.raises(DataError, match="(?s)none.zst: is no file.*00000.jsonl.zst: is given twice.*workers: is 0"):
