@@ -101,7 +101,8 @@ def test_another_library_finds_as_many(planted):
 
 def test_signatures_are_those_of_every_process_and_machine():
     """Values that are written down: were they to change, what a killed run left would not fit what follows."""
-    rows = signatures([np.arange(1, 900, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15), np.arange(3, dtype=np.uint64)], 112)
+    many = np.arange(1, 900, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    rows = signatures([many, np.arange(3, dtype=np.uint64)], 112)
     assert rows.shape == (2, 112) and rows.dtype == np.uint32
     assert rows[:, :3].tolist() == [[240145837, 54214011, 196633033], [3264571612, 3592674595, 3412090254]]
     assert signature_version().startswith("rensa ") and signatures([], 112).shape == (0, 112)
