@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megatron_ttl.config.describe import known_keys
 from megatron_ttl.config.read import parse_toml, read_text
@@ -20,8 +20,15 @@ from megatron_ttl.config.suggest import did_you_mean, nearest_keys, nearest_word
 from megatron_ttl.config.validate import validate
 from megatron_ttl.errors import ConfigError, raise_faults
 
-Limit = float | Literal[False] | None
-"""A limit, `false` to switch its rule off, or absent: as the preset has it."""
+
+def _only_false(switch: bool) -> bool:
+    if switch:
+        raise ValueError("true is no limit")
+    return switch
+
+
+Limit = float | Annotated[bool, AfterValidator(_only_false)] | None
+"""A limit, `false` to switch its rule off, or absent: as the preset has it. Not `Literal[False]`: that takes 0 as well."""
 
 _PRESETS = resources.files("megatron_ttl.data.corpus") / "presets"
 

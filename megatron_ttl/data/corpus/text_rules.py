@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -276,19 +277,21 @@ def top_n_gram(parts: TextParts, n: int) -> float:
 def duplicate_n_gram(parts: TextParts, n: int) -> float:
     """Return the share of characters in n-grams of tokens that stood before, overlapping ones counted once."""
     group = parts.repeats(n).group
-    places = np.flatnonzero(group >= 0)
+    found = np.flatnonzero(group >= 0)
+    places, numbers = found.tolist(), group[found].tolist()
     seen: set[int] = set()
     counted: list[int] = []
-    free = 0  # what begins before lies within an n-gram that is counted already
-    for place, number in zip(places.tolist(), group[places].tolist(), strict=True):
-        if place < free:
-            continue
-        if number in seen:
-            counted.append(place)
-            free = place + n
-        seen.add(number)
-    at = np.array(counted, np.int64)
-    return _share((parts.ends[at + n] - parts.ends[at]).sum(), len(parts.text))
+    at = 0
+    while at < len(places):
+        if numbers[at] in seen:
+            counted.append(places[at])
+            # what begins before the end of this n-gram overlaps it, and is neither counted nor remembered
+            at = bisect_left(places, places[at] + n, at, min(at + n, len(places)))
+        else:
+            seen.add(numbers[at])
+            at += 1
+    starts = np.array(counted, np.int64)
+    return _share((parts.ends[starts + n] - parts.ends[starts]).sum(), len(parts.text))
 
 
 def line_punctuation(parts: TextParts) -> float:
