@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_ttl.data.corpus.document import Dropped
 from megatron_ttl.data.corpus.filter_settings import read_preset
-from megatron_ttl.data.corpus.language import LONGEST_READ, language_step, load_detector
+from megatron_ttl.data.corpus.language import LONGEST_READ, LanguageDetector, language_step
 
 HERE = Path(__file__).parent
 PORTUGUESE = "A padaria da esquina abre antes de o sol nascer, e o cheiro do pão quente chega às janelas dos vizinhos."
@@ -46,7 +46,7 @@ def test_what_is_dropped_says_which_language_it_is(keep_portuguese):
 
 
 def test_the_limit_is_the_score_itself():
-    score = load_detector()(PORTUGUESE)["pt"]
+    score = LanguageDetector().scores(PORTUGUESE)["pt"]
     assert not isinstance(language_step(["pt"], score)(document(PORTUGUESE)), Dropped)
     assert isinstance(language_step(["pt"], score + 1e-6)(document(PORTUGUESE)), Dropped)
 
@@ -72,11 +72,13 @@ def test_lines_and_capitals_do_not_matter(keep_portuguese):
 
 
 def test_a_long_text_is_judged_by_beginning_middle_and_end(keep_portuguese):
-    spanish = "\n".join(paragraphs("es"))
-    long = " ".join([spanish] + [PORTUGUESE] * 20 + [spanish])
-    assert len(long) < LONGEST_READ
-    assert "pt" in keep_portuguese(document(" ".join([PORTUGUESE] * 400))).notes["language"]
-    assert isinstance(keep_portuguese(document(spanish * 2 + PORTUGUESE * 80 + spanish * 2)), Dropped)
+    portuguese, spanish = " ".join([PORTUGUESE] * 80), " ".join(paragraphs("es") * 3)
+    detect = LanguageDetector().scores
+    assert min(len(portuguese), len(spanish)) > LONGEST_READ / 2
+    scores = [detect(" ".join(parts))["pt"] for parts in
+              ([spanish, portuguese, portuguese], [portuguese, spanish, portuguese], [portuguese, portuguese, spanish])]
+    assert max(scores) < 0.9 < detect(" ".join([portuguese] * 3))["pt"]
+    assert isinstance(keep_portuguese(document(" ".join([spanish, portuguese, spanish]))), Dropped)
 
 
 def test_nothing_is_fetched_and_nothing_is_said(monkeypatch, capfd, caplog):

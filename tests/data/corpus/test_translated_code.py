@@ -49,6 +49,11 @@ def test_prose_and_real_code_are_left_alone(text):
     assert step(flag=True)(given) is given
 
 
+def test_a_fence_makes_code_of_what_could_be_prose():
+    line = "retornar x e depois y"
+    assert step(flag=True)(document(f"```\n{line}\n```\n{line}")).notes == {"translated_code": {"retornar NAME": 1}}
+
+
 def test_a_text_is_dropped_above_the_limit_only_if_asked():
     assert step(max_lines=5)(document(FENCED)).notes
     assert step(max_lines=4)(document(FENCED)) == Dropped("translated_code.max_lines", 5.0, 4.0)
