@@ -138,5 +138,5 @@ def is_cpf(number: str) -> bool:
     digits = [int(sign) for sign in number if sign in "0123456789"]
     if len(digits) != 11 or len(set(digits)) == 1:
         return False
-    return all(digits[length] == 10 * sum(digit * (length + 1 - place) for place, digit in enumerate(digits[:length])) % 11 % 10
-               for length in (9, 10))
+    sums = (sum(digit * (length + 1 - place) for place, digit in enumerate(digits[:length])) for length in (9, 10))
+    return digits[9:] == [10 * weighted % 11 % 10 for weighted in sums]

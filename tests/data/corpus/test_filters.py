@@ -83,7 +83,8 @@ def test_zero_is_a_limit():
 def test_another_language_is_a_file(tmp_path):
     text = (PRESETS / "pt.toml").read_text(encoding="utf-8")
     file = tmp_path / "gl.toml"
-    file.write_text(text.replace('keep = ["pt"]', 'keep = ["gl"]').replace("min_words = 50", "min_words = 7"), encoding="utf-8")
+    text = text.replace('keep = ["pt"]', 'keep = ["gl"]').replace("min_words = 50", "min_words = 7")
+    file.write_text(text, encoding="utf-8")
     tables = resolve(settings(preset=str(file)))
     assert tables.language.keep == ("gl",)
     assert tables.gopher.min_words == 7
