@@ -42,7 +42,7 @@ class RepairTable(Section):
     line_ends: bool | None = None
     """Turn every kind of line end into a line feed."""
     control_characters: bool | None = None
-    """Remove control characters, but tab and line feed, and byte order marks."""
+    """Remove control characters, but tab and line ends, and byte order marks."""
     normalization: Literal["none", "NFC", "NFKC"] | None = None
     """Unicode normal form of the text; NFKC also replaces ligatures, superscripts and wide characters."""
 

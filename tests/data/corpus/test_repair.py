@@ -66,6 +66,7 @@ def test_line_ends_and_control_characters():
     result = repair("\ufeffa\r\nb\rc\u2028d\x85e\vf\tg\x00h\x9bi\x7f\n")
     assert result.text == "a\nb\nc\nd\ne\nf\tghi\n"
     assert result.notes == {"line_ends": 5, "control_characters": 4}
+    assert steps(repair={"control_characters": True})("a\rb\x85c\x07").text == "a\rb\x85c"
 
 
 def test_mojibake_is_repaired_before_its_control_characters_are_removed():
