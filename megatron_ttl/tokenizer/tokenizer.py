@@ -115,6 +115,13 @@ class Tokenizer:
         """Return what SentencePiece itself makes of whole texts, U+2581 lost as a space: slow, to compare with."""
         return self._processor.encode(list(texts), num_threads=1)
 
+    def bytes_per_id(self) -> list[int]:
+        """Return how many bytes of text each id stands for, in UTF-8; special pieces stand for none.  # [vocab_size]"""
+        return [1 if self._processor.is_byte(number)
+                else 0 if self._processor.is_control(number) or self._processor.is_unknown(number)
+                else len(self._processor.id_to_piece(number).replace(SPACE, " ").encode())
+                for number in range(self.vocab_size)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; special pieces are dropped, bytes that are no UTF-8 become U+FFFD.
 
