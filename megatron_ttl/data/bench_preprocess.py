@@ -25,7 +25,8 @@ def bench_preprocess(inputs: Sequence[str | os.PathLike[str]], tokenizer_folder:
     """Encode the same texts with SentencePiece, with our encoder, and with the whole of `preprocess`.
 
     Rates of one process are MB (10^6 bytes of UTF-8 text) per second of CPU time, which other work on the machine
-    disturbs least; the best of `repeats` runs counts. Rates with several workers are by the clock.
+    disturbs least; the best of `repeats` runs counts. With several workers, rates are by the clock, too, and the share of
+    the CPU time that the parent takes says how many workers it could feed.
 
     Args:
         inputs: files of documents.
@@ -83,7 +84,7 @@ def _with_workers(run: Callable[[int], None], count: int, text_mb: float) -> dic
     parent = _cpu_seconds(lambda: run(count))
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     used = parent + after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime
-    return {f"workers_{count}_mb_per_s": text_mb / seconds, f"workers_{count}_busy_cores": used / seconds,
+    return {f"workers_{count}_mb_per_s": text_mb / seconds, f"workers_{count}_mb_per_cpu_s": text_mb / used,
             f"workers_{count}_parent_cpu_share": parent / used}
 
 

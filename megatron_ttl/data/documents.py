@@ -26,6 +26,7 @@ _SUFFIXES = (".jsonl", ".json", ".ndjson")
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_from_json = json.JSONDecoder().decode  # `json.loads` looks at seven arguments first, which a short line feels
 _KIND = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string",
          list: "a list", dict: "an object"}
 
@@ -155,7 +156,7 @@ def parse_line(line: bytes, text_key: str) -> str | BadLine | None:
     if not line or line.isspace():
         return None
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = _from_json(line.decode("utf-8"))
     except UnicodeDecodeError:
         return BadLine("invalid UTF-8")
     except (ValueError, RecursionError):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_folder import documents, write_dataset, write_tokenizer
 
+from megatron_ttl.data import litpkds
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset
 from megatron_ttl.data.indexed_dataset import IndexedDataset
 from megatron_ttl.data.inspect import inspect_dataset
@@ -66,8 +67,11 @@ def test_documents_come_back_from_two_chains(tokenizer, tmp_path, begin, end, se
     assert CausalLMDataset([(str(tmp_path / "imported"), 1.0)], 16, 0).unchecked_prefixes == []
 
 
-def test_planted_filler_is_found_with_its_place(tokenizer, tmp_path, repository):
-    """Five thousand BOS over the edge of two chunks: counted, named by file and place, and not in the dataset."""
+def test_planted_filler_is_found_with_its_place(tokenizer, tmp_path, repository, monkeypatch):
+    """Five thousand BOS over the edge of two chunks: counted, named by file and place, and not in the dataset.
+
+    In whatever blocks the chunks are read.
+    """
     texts = Tokenizer.load(tokenizer).encode_batch(documents(200))
     first, second = (np.concatenate([np.array([BOS, *ids]) for ids in part]) for part in (texts[:100], texts[100:]))
     stream = np.concatenate([first, np.full(5000, BOS), second])
@@ -81,6 +85,10 @@ def test_planted_filler_is_found_with_its_place(tokenizer, tmp_path, repository)
     assert report["longest_filler_at"] == f"{inputs[len(first) // (len(stream) // 4)]}, id {place:,}"
     assert report["documents"] == 200 and report["cut_documents"] == 1
     assert inspect_dataset(tmp_path / "a", verify=True)["longest_run"] < 50
+    monkeypatch.setattr(litpkds, "_BLOCK", 100)
+    in_blocks = import_litpkds(inputs, tmp_path / "b", tokenizer)
+    assert in_blocks == report | {"dataset": str(tmp_path / "b")}
+    assert (tmp_path / "b.bin").read_bytes() == (tmp_path / "a.bin").read_bytes()
 
 
 @pytest.mark.parametrize(("dtype", "code"), [("<i4", 4), ("<i8", 5), ("u1", 1)])
