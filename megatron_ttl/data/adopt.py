@@ -77,8 +77,8 @@ def _shape_faults(dataset: IndexedDataset) -> list[str]:
     if dataset.dtype.name not in ("uint16", "int32"):
         faults.append(f"{dataset.paths.idx}: its ids are {dataset.dtype.name}; they must be uint16 or int32; {_CURE}")
     if dataset.sequence_count != dataset.document_count:
-        faults.append(f"{dataset.paths.idx}: has {dataset.sequence_count:,} sequences in {dataset.document_count:,} documents, "
-                      f"as --split-sentences makes them; a document must be one sequence; {_CURE}")
+        faults.append(f"{dataset.paths.idx}: has {dataset.sequence_count:,} sequences in {dataset.document_count:,} "
+                      f"documents, as --split-sentences makes them; a document must be one sequence; {_CURE}")
     if not dataset.token_count:
         faults.append(f"{dataset.paths.bin}: holds no ids; there must be a document; {_CURE}")
     return faults
@@ -98,8 +98,8 @@ def _bos_faults(dataset: IndexedDataset, scan: Scan, record: TokenizerRecord, wi
         faults.append(f"{dataset.paths.bin}: {with_bos:,} of its {dataset.document_count:,} documents begin with BOS (id "
                       f"{record.bos_id}); all or none must; {_CURE}")
     if found != with_bos:
-        faults.append(f"{dataset.paths.bin}: holds BOS (id {record.bos_id}) {found - with_bos:,} times inside of documents; it "
-                      f"must stand at their beginning or nowhere; {_CURE}")
+        faults.append(f"{dataset.paths.bin}: holds BOS (id {record.bos_id}) {found - with_bos:,} times inside of documents; "
+                      f"it must stand at their beginning or nowhere; {_CURE}")
     return faults
 
 

@@ -97,8 +97,8 @@ class IndexFile:
     def _read_header(self) -> tuple[np.dtype, int, int]:
         magic, version, code, count, boundary_count = HEADER.unpack(self._mapping[: HEADER.size].tobytes())
         if magic.startswith(_OLDER_MAGIC):
-            raise DataError(f"{self.path}: is an index of the older kind (fairseq's TNTIDX, Megatron's 'lazy' and 'cached'); "
-                            "it must be of the kind 'mmap'; write it again with --dataset-impl mmap")
+            raise DataError(f"{self.path}: is an index of the older kind (fairseq's TNTIDX, Megatron's 'lazy' and 'cached')"
+                            "; it must be of the kind 'mmap'; write it again with --dataset-impl mmap")
         if magic != MAGIC:
             raise DataError(f"{self.path}: begins with {magic!r}; an index begins with {MAGIC!r}; "
                             f"check the prefix, {_CURE}")

@@ -219,8 +219,8 @@ class _Documents:
                     block = np.fromfile(handle, dtype, min(_BLOCK, count - start))
                     wrong = np.flatnonzero((block < 0) | (block >= self._vocab_size))
                     if len(wrong):
-                        raise DataError(f"{path}: holds id {block[wrong[0]]} (id {start + wrong[0]:,} of the chunk); ids must "
-                                        f"be in [0, {self._vocab_size}); check the tokenizer, or {_CURE}")
+                        raise DataError(f"{path}: holds id {block[wrong[0]]} (id {start + wrong[0]:,} of the chunk); ids "
+                                        f"must be in [0, {self._vocab_size}); check the tokenizer, or {_CURE}")
                     yield start, block
                     if self._on_progress:
                         self._on_progress((before + start + len(block)) * dtype.itemsize)

@@ -76,8 +76,9 @@ def test_planted_filler_is_found_with_its_place(tokenizer, tmp_path, repository,
     first, second = (np.concatenate([np.array([BOS, *ids]) for ids in part]) for part in (texts[:100], texts[100:]))
     stream = np.concatenate([first, np.full(5000, BOS), second])
     inputs = write_chunks(tmp_path, "train_slim", stream[: len(stream) // 4 * 4], len(stream) // 4, None)
-    tool = subprocess.run([sys.executable, repository / "tools" / "import_litpkds.py", "--input", *inputs, "--tokenizer",
-                           tokenizer, "--output-prefix", tmp_path / "a", "--json"], capture_output=True, text=True, timeout=60)
+    command = [repository / "tools" / "import_litpkds.py", "--input", *inputs, "--tokenizer", tokenizer, "--output-prefix",
+               tmp_path / "a", "--json"]
+    tool = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60)
     assert (tool.returncode, tool.stderr) == (0, "")
     report = json.loads(tool.stdout)
     place = len(first) % (len(stream) // 4)
