@@ -90,12 +90,11 @@ def encode_chunk(tokenizer: Tokenizer, settings: EncodeSettings, chunk: Chunk) -
 
 
 def _encode_side(tokenizer: Tokenizer, texts: list[str], text_bytes: int, bos: bool) -> Encoded:
-    head = [tokenizer.bos_id] if bos else []
-    documents = [
-        np.array([*head, *ids, tokenizer.eos_id], dtype=np.int32) for ids in tokenizer.encode_batch(texts)
-    ]
-    ids = np.concatenate(documents) if documents else np.empty(0, np.int32)
-    return Encoded(ids, [len(document) for document in documents], text_bytes)
+    head = np.int32(tokenizer.bos_id).tobytes() if bos else b""
+    tail = np.int32(tokenizer.eos_id).tobytes()
+    documents = [b"".join((head, ids, tail)) for ids in tokenizer.encode_packed(texts)]
+    ids = np.frombuffer(b"".join(documents), np.int32)
+    return Encoded(ids, [len(document) // ids.itemsize for document in documents], text_bytes)
 
 
 def encode_files(

@@ -12,7 +12,8 @@ Everything is little-endian, nothing is aligned:
     34 +  4 N      8 N  int64 offset of every sequence in the .bin in bytes
     34 + 12 N      8 D  int64 boundaries: sequence where each document starts; the first is 0, the last is N
 
-Source: megatron/core/datasets/indexed_dataset.py of megatron-core 0.16.1.
+Source: megatron/core/datasets/indexed_dataset.py of megatron-core 0.16.1; for the codes 6 and 7, float64 and float32
+there and float32 and float64 in GPT-NeoX, megatron/data/indexed_dataset.py of EleutherAI/gpt-neox.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from megatron_ttl.errors import DataError, raise_faults
 from megatron_ttl.files import checksum_bytes, open_regular
 
 MAGIC = b"MMIDIDX\x00\x00"
+_OLDER_MAGIC = b"TNTIDX"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, document boundaries
 DTYPE_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
+_FLOATS = {6: ("float64", "float32"), 7: ("float32", "float64")}  # for Megatron-LM, for GPT-NeoX
 LONGEST_SEQUENCE = 2**31 - 1
 _DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
 _CHUNK = 1 << 18  # entries handled at a time: bounds the memory for any number of documents
@@ -109,6 +112,9 @@ class IndexFile:
 
     def _read_header(self) -> tuple[np.dtype, int, int]:
         magic, version, code, count, boundary_count = HEADER.unpack(self._mapping[: HEADER.size].tobytes())
+        if magic.startswith(_OLDER_MAGIC):
+            raise DataError(f"{self.path}: is an index of the older kind (fairseq's TNTIDX, Megatron's 'lazy' and 'cached')"
+                            "; it must be of the kind 'mmap'; write it again with --dataset-impl mmap")
         if magic != MAGIC:
             raise DataError(f"{self.path}: begins with {magic!r}; an index begins with {MAGIC!r}; "
                             f"check the prefix, {_CURE}")
@@ -116,10 +122,9 @@ class IndexFile:
         if version != 1:
             faults.append(f"{self.path}: has version {version}; only version 1 is known; {_CURE}")
         if code not in _DTYPE_NAMES:
-            what = "floating point" if code in (6, 7) else "unknown"
             known = ", ".join(f"{number} {name}" for number, name in sorted(_DTYPE_NAMES.items()))
-            faults.append(f"{self.path}: its type code {code} is {what}; ids must be integers ({known}); "
-                          f"{_CURE}")
+            faults.append(f"{self.path}: its type code {code} is {self._what_is(code, count)}; ids must be integers "
+                          f"({known}); {_CURE}")
         # Python's integers do not overflow, so absurd counts are caught here, before anything is allocated.
         wanted = HEADER.size + 12 * count + 8 * boundary_count
         if boundary_count < 1:
@@ -137,6 +142,20 @@ class IndexFile:
                           f"{boundary_count:,} document boundaries, {wanted:,} bytes; {_CURE}")
         raise_faults(DataError, faults)
         return np.dtype(_DTYPE_NAMES[code]).newbyteorder("<"), count, boundary_count
+
+    def _what_is(self, code: int, count: int) -> str:
+        """Say what a type code means that is none of ours: Megatron and GPT-NeoX write 6 and 7 the other way round."""
+        if code not in _FLOATS:
+            return "unknown"
+        megatron, neox = _FLOATS[code]
+        what = f"floating point ({megatron} as Megatron-LM writes it, {neox} as GPT-NeoX does)"
+        end = HEADER.size + 4 * count + 16  # of the second pointer, which is the size of the first sequence in bytes
+        if not 2 <= count <= self.size_bytes or end > self.size_bytes:
+            return what
+        length = int(self._array("<i4", HEADER.size, 1)[0])
+        first_bytes = int(self._array("<i8", end - 8, 1)[0])
+        name = {4 * length: "float32", 8 * length: "float64"}.get(first_bytes)
+        return f"{name}, written by {'Megatron-LM' if name == megatron else 'GPT-NeoX'}" if name and length else what
 
     def _array(self, dtype: str, offset: int, count: int) -> np.ndarray:
         return np.frombuffer(self._mapping, dtype=dtype, count=count, offset=offset)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ttl.data.indexed_dataset import IndexedDataset
+from megatron_ttl.data.manifest import TokenizerRecord
 from megatron_ttl.errors import ConfigError, DataError, raise_faults
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ def inspect_dataset(prefix: str | os.PathLike[str], verify: bool = False,
     """
     dataset = IndexedDataset(prefix, verify=False)  # damaged data can be looked at
     manifest = dataset.manifest
-    scan = _Scan(dataset).run(on_progress)
+    scan = Scan(dataset, manifest.tokenizer if manifest else None).run(on_progress)
     length, run_id, position = scan.longest_run
     shares = scan.counts[scan.counts > 0] / max(1, dataset.token_count)
     result: dict[str, Any] = {
@@ -66,7 +67,7 @@ def inspect_dataset(prefix: str | os.PathLike[str], verify: bool = False,
             "rejected_lines": sum(manifest.rejected.values()),
         }
     if verify:
-        raise_faults(DataError, [*dataset.checksum_faults(), *_content_faults(dataset, scan)])
+        raise_faults(DataError, [*dataset.checksum_faults(), *content_faults(dataset, scan)])
         result["verified"] = "checksums, one EOS per document" if manifest else "structure (has no manifest)"
     return result
 
@@ -93,19 +94,29 @@ def decoded_documents(prefix: str | os.PathLike[str], count: int, first: int = 0
         yield number, len(ids), tokenizer.decode([i for i in ids.tolist() if i >= _SPECIAL_IDS or i == 0])
 
 
-class _Scan:
-    """One pass over the ids, block by block: how often each occurs, the longest run, wrong EOS."""
+class Scan:
+    """One pass over the ids, block by block: how often each occurs, the longest run, wrong EOS.
 
-    def __init__(self, dataset: IndexedDataset) -> None:
-        self.counts = np.zeros(0, np.int64)  # [largest id + 1]
-        self.longest_run = (0, 0, 0)  # length, id, position
+    Args:
+        dataset: what is read.
+        tokenizer: says which id is EOS; absent: nobody knows.
+
+    Attributes:
+        counts: how often each id occurs.  # [largest id + 1]
+        longest_run: length, id and position of the longest run of one id.
+    """
+
+    def __init__(self, dataset: IndexedDataset, tokenizer: TokenizerRecord | None) -> None:
+        self.counts = np.zeros(0, np.int64)
+        self.longest_run = (0, 0, 0)
         self.wrong_documents: set[int] = set()
         self._open_run = (-1, 0)  # id and length of the run that the last block ended with
         self._dataset = dataset
-        self._eos = dataset.manifest.tokenizer.eos_id if dataset.manifest else None
+        self.tokenizer = tokenizer
+        self._eos = tokenizer.eos_id if tokenizer else None
         self._ends = dataset.document_ends() if self._eos is not None else np.empty(0, np.int64)
 
-    def run(self, on_progress: Callable[[float], None] | None) -> _Scan:
+    def run(self, on_progress: Callable[[float], None] | None) -> Scan:
         """Read everything."""
         total = self._dataset.token_count
         for start in range(0, total, _BLOCK_TOKENS):
@@ -150,20 +161,21 @@ class _Scan:
         self.wrong_documents.update(numbers.tolist())
 
 
-def _content_faults(dataset: IndexedDataset, scan: _Scan) -> list[str]:
+def content_faults(dataset: IndexedDataset, scan: Scan) -> list[str]:
+    """Name filler, ids outside of the vocabulary, and documents without exactly one EOS, at the end."""
     faults = []
     length, run_id, position = scan.longest_run
     if length >= _FILLER_TOKENS:
         faults.append(f"{dataset.paths.bin}: holds id {run_id} {length:,} times in a row from token "
                       f"{position:,}; text has no such runs, filler has; look at the documents "
                       "there, and leave them out")
-    if dataset.manifest is None:
+    if scan.tokenizer is None:
         return faults
-    size = dataset.manifest.tokenizer.vocab_size
+    size = scan.tokenizer.vocab_size
     if len(scan.counts) > size:
         faults.append(f"{dataset.paths.bin}: holds id {len(scan.counts) - 1}; must be below the vocabulary's "
                       f"{size}; write the dataset again")
-    eos = dataset.manifest.tokenizer.eos_id
+    eos = scan.tokenizer.eos_id
     for number in sorted(scan.wrong_documents)[:_KEPT_FAULTS]:
         ids = dataset.document(number)
         faults.append(f"{dataset.paths.bin}: document {number} has {np.count_nonzero(ids == eos)} EOS (id "

@@ -27,12 +27,11 @@ from megatron_ttl.data.manifest import (
     Description,
     HeldOutRecord,
     SourceRecord,
-    TokenizerRecord,
     dataset_paths,
 )
+from megatron_ttl.data.tokenizer_copy import holds_tokenizer, place_tokenizer
 from megatron_ttl.errors import DataError, DiskError, raise_faults
-from megatron_ttl.files import atomic_directory, checksum, fsync_directory, require_free_space
-from megatron_ttl.tokenizer.folder import copy_tokenizer
+from megatron_ttl.files import fsync_directory, require_free_space
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
 Role = Literal["train", "held_out"]
@@ -172,12 +171,7 @@ def _taken(prefix: str | os.PathLike[str], tokenizer: Tokenizer | None) -> list[
     files = [path for role in _ROLES for path in dataset_paths(prefix_of(prefix, role))[:3]]
     copy = dataset_paths(prefix).tokenizer
     taken = [path for path in files if path.exists()]
-    return [*taken, copy] if copy.exists() and not _holds(copy, tokenizer) else taken
-
-
-def _holds(folder: Path, tokenizer: Tokenizer | None) -> bool:
-    model = folder / "tokenizer.model"
-    return tokenizer is not None and model.is_file() and checksum(model) == tokenizer.checksum
+    return [*taken, copy] if copy.exists() and not holds_tokenizer(copy, tokenizer) else taken
 
 
 def _require_space(inputs: Sequence[str | os.PathLike[str]], prefix: Path, token_bytes: int) -> None:
@@ -257,14 +251,10 @@ def _commit(prefix: str | os.PathLike[str], settings: EncodeSettings, tokenizer:
     for role, writer in writers.items():
         assert writer.token_count == tally.tokens[role], "tokens in = tokens written"
     copy = dataset_paths(prefix).tokenizer
-    record = TokenizerRecord(directory=copy.name, checksum=tokenizer.checksum, eos_id=tokenizer.eos_id,
-                             bos_id=tokenizer.bos_id, vocab_size=tokenizer.vocab_size)
     placed: list[str] = []
     new_copy = not copy.exists()
     try:
-        if not _holds(copy, tokenizer):
-            with atomic_directory(copy) as folder:
-                copy_tokenizer(tokenizer.directory, folder)
+        record = place_tokenizer(tokenizer, copy)
         for role, writer in writers.items():
             if not writer.document_count:  # held out: nothing
                 _remove(writer.prefix)  # of the dataset that is replaced

@@ -74,7 +74,8 @@ def _tokenizer_faults(run: RunFile, dataset: CausalLMDataset, held_out: dict[str
     """Check that training data, held-out data and model speak of the same pieces."""
     manifests = {d.prefix: d.manifest for d in (*dataset.datasets, *held_out.values())}
     faults = [f"{prefix}: has no manifest (.json); without it nobody knows its tokenizer; write it with "
-              "tools/preprocess_data.py" for prefix, manifest in manifests.items() if manifest is None]
+              "tools/preprocess_data.py, or have it checked by tools/adopt_dataset.py"
+              for prefix, manifest in manifests.items() if manifest is None]
     known = {prefix: manifest.tokenizer for prefix, manifest in manifests.items() if manifest is not None}
     for prefix, tokenizer in known.items():
         if tokenizer.vocab_size > run.model.vocab_size:
