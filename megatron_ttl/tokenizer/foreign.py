@@ -76,7 +76,15 @@ def open_foreign(place: str, lowercase: bool = False) -> ForeignTokenizer:
         raise
     except Exception as error:  # SentencePiece raises RuntimeError, and tokenizers nothing more special than this
         raise DataError(f"{paths[0]}: is no tokenizer ({str(error)[:200]}); {_CURE}") from None
-    return ForeignTokenizer(name, kind, len(kinds), checksum_bytes(b"".join(payloads)), encode, kinds)
+
+    def encode_or_say(texts: Sequence[str]) -> list[list[int]]:
+        try:
+            return encode(texts)
+        except Exception as error:
+            raise DataError(f"{paths[0]}: cannot encode the text ({str(error)[:200]}); a tokenizer must say something to "
+                            "every text; leave it out") from None
+
+    return ForeignTokenizer(name, kind, len(kinds), checksum_bytes(b"".join(payloads)), encode_or_say, kinds)
 
 
 def _named(place: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from megatron_ttl.errors import DataError
 from megatron_ttl.tokenizer import report
@@ -49,6 +49,7 @@ def places(tmp_path_factory) -> dict[str, str]:
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.ByteFallback()
     made.enable_truncation(5)
+    made.post_processor = processors.TemplateProcessing(single="<unk> $0", special_tokens=[("<unk>", 0)])
     made.save(str(folder / "tokenizer.json"))
     return {"SentencePiece": str(folder / "spm"), "byte-level BPE": f"{folder}/vocab.json+{folder}/merges.txt",
             "WordPiece": str(folder / "cased_vocab.txt"), "tokenizer.json": str(folder / "tokenizer.json")}
@@ -151,11 +152,11 @@ def test_lower_case_is_asked_for_and_accents_stay(tmp_path):
 def test_what_is_no_tokenizer_is_refused(tmp_path, places):
     spoiled = {"empty.model": b"", "text.model": b"nada", "text.json": b"nada", "list.json": b"[]", "none.txt": b"a\nb\n",
                "latin.txt": "[UNK]\nágua".encode("latin-1"), "a.json": b"{}", "b.json": b'{"a": -1}', "merges.txt": b"a b\n",
-               "c.json": b'{"a": 99999999}', "d.bin": b"x"}
+               "c.json": b'{"a": 99999999}', "none.bpe": b"#version: 0.2\n", "d.bin": b"x"}
     for name, payload in spoiled.items():
         (tmp_path / name).write_bytes(payload)
     (tmp_path / "folder").mkdir()
-    for place in (*list(spoiled)[:6], "a.json", "a.json+merges.txt", "b.json+merges.txt", "c.json+merges.txt"):
+    for place in (*list(spoiled)[:6], "a.json", "a.json+merges.txt", "b.json+merges.txt", "c.json+none.bpe"):
         with pytest.raises(DataError, match=r"is no tokenizer \(.*; give a .model"):
             open_foreign("+".join(str(tmp_path / part) for part in place.split("+")))
     for place, said in (("d.bin", "has an unknown suffix"), ("folder", "holds no tokenizer"), ("missing.json", "is no file")):
@@ -182,6 +183,13 @@ def test_a_damaged_file_is_a_tokenizer_or_a_sentence(places, tmp_path):
                 open_foreign(str(path)).encode(["a ponte é do rio"])
             except DataError as error:
                 assert "a ponte" not in str(error) and path.name in str(error)
+
+
+def test_a_tokenizer_that_cannot_say_a_text_is_named(tmp_path):
+    made = tokenizers.Tokenizer(models.Unigram([("a", -1.0)]))
+    made.save(str(tmp_path / "small.json"))
+    with pytest.raises(DataError, match=r"small.json: cannot encode the text \(.*unk_id"):
+        compare_tokenizers([open_foreign(str(tmp_path / "small.json"))], [("b", "ab")])
 
 
 def test_the_tool_prints_json_where_no_person_looks(repository, tmp_path, places):
