@@ -20,6 +20,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--character-coverage", type=float, default=0.99995,
                         help="share of the characters that get a piece, the rest is spelled in bytes "
                              "(0.99995)")
+    parser.add_argument("--digits", choices=("split", "whole"), default="split",
+                        help="split makes every digit a token; whole costs fewer tokens (split)")
     parser.add_argument("--max-documents", "--samples", type=int, help="train on a sample of so many documents")
     parser.add_argument("--max-bytes", type=int, help="train on a sample of so many bytes of text; 6.5 times as much memory")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (0)")
@@ -44,7 +46,7 @@ def main() -> None:
         result = train_tokenizer(
             reader, arguments.output, arguments.vocab_size, normalization=arguments.normalization,
             character_coverage=arguments.character_coverage, max_documents=arguments.max_documents,
-            max_bytes=arguments.max_bytes, seed=arguments.seed, inputs=reader.sources,
+            max_bytes=arguments.max_bytes, seed=arguments.seed, inputs=reader.sources, digits=arguments.digits,
             on_sample=None if arguments.json else announce_sample, overwrite=arguments.overwrite,
         )
     result["rejected_lines"] = sum(reader.rejected.values())

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
+import xxhash
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from megatron_ttl.data.strict_records import read_sourced_texts
 from megatron_ttl.errors import DataError
 from megatron_ttl.tokenizer import report
 from megatron_ttl.tokenizer.foreign import open_foreign
@@ -218,3 +220,14 @@ def test_real_text_has_the_published_counts(shared_data):
     assert [(row["source"], row["words"], row["tokens"]) for row in rows[:6]] == [
         ("wiki", 7400, 10_344), ("wiki", 7400, 10_217), ("wiki", 7400, 16_208),
         ("mixed", 7400, 10_517), ("mixed", 7400, 10_474), ("mixed", 7400, 16_449)]
+
+
+@pytest.mark.long
+def test_a_tokenizer_of_ours_beats_bertimbau_on_documents_that_it_has_not_seen(shared_data, tmp_path):
+    paths = sorted((shared_data / "text").glob("*.jsonl.gz"))
+    documents = [text for path in paths for _, text in read_sourced_texts([path])]
+    held_out = [text for text in documents if xxhash.xxh3_64_intdigest(text.encode(), 99) < 2**64 // 10]
+    train_tokenizer(sorted(set(documents) - set(held_out)), tmp_path / "ours", digits="whole")
+    made = [open_foreign(f"BERTimbau={shared_data / 'tokenizers' / 'bertimbau_vocab.txt'}"), open_foreign(str(tmp_path / "ours"))]
+    bertimbau, ours = compare_tokenizers(made, [("held out", text) for text in held_out])["rows"]
+    assert ours["versus_first"] < -0.05 and ours["unknown_share"] == 0 < bertimbau["unknown_share"]
