@@ -139,7 +139,7 @@ def test_labels_stop_where_documents_do(tmp_path, packing):
     """Under the mask no label follows an EOS; every other label of an epoch is there. Best fit has the same with none."""
     prefix = write_lengths(tmp_path / "a", LENGTHS)
     for mask in (False, True):
-        dataset = CausalLMDataset([(prefix, 1.0)], 16, 3, packing, mask)
+        dataset = CausalLMDataset([(prefix, 1.0)], 16, 3, packing=packing, document_mask=mask)
         assert dataset.all_labelled is (packing == "concatenate" and not mask)
         assert dataset.eos_id == (EOS if mask else None)
         input_ids, labels = dataset.samples(range(dataset.samples_per_epoch[0]))
@@ -160,10 +160,10 @@ def test_labels_stop_where_documents_do(tmp_path, packing):
 def test_samples_are_told_apart_and_the_same_each_time(tmp_path):
     """A function of the index: opened twice it is one; the record of a checkpoint says which packing it counts."""
     prefix = write_lengths(tmp_path / "a", LENGTHS * 5)
-    first, second = (CausalLMDataset([(prefix, 1.0)], 16, 3, "best_fit") for _ in range(2))
+    first, second = (CausalLMDataset([(prefix, 1.0)], 16, 3, packing="best_fit") for _ in range(2))
     for ours, theirs in zip(first.samples(range(100)), second.samples(range(100)), strict=True):
         assert np.array_equal(ours, theirs)
-    records = [CausalLMDataset([(prefix, 1.0)], 16, 3, packing, mask).record()
+    records = [CausalLMDataset([(prefix, 1.0)], 16, 3, packing=packing, document_mask=mask).record()
                for packing in ("concatenate", "best_fit") for mask in (False, True)]
     assert len({json.dumps(record, sort_keys=True) for record in records}) == 4
 
@@ -172,12 +172,12 @@ def test_what_cannot_be_packed_or_masked_is_refused(tmp_path):
     """Documents of one id; data whose EOS nobody knows."""
     ones = write_lengths(tmp_path / "ones", [1] * 40)
     with pytest.raises(DataError, match="ones: has 40 tokens in 40 documents; one sample needs a document of two"):
-        CausalLMDataset([(ones, 1.0)], 8, 0, "best_fit")
+        CausalLMDataset([(ones, 1.0)], 8, 0, packing="best_fit")
     with pytest.raises(DataError, match="ones: no document of what is read has two tokens; a label needs two"):
         HeldOutDataset(ones, 8, document_mask=True)
     foreign = write(tmp_path / "foreign", manifest=False)
-    for opened in (lambda: CausalLMDataset([(foreign, 1.0)], 8, 0, "best_fit", True),
+    for opened in (lambda: CausalLMDataset([(foreign, 1.0)], 8, 0, packing="best_fit", document_mask=True),
                    lambda: HeldOutDataset(foreign, 8, document_mask=True)):
         with pytest.raises(DataError, match="foreign: has no manifest .* needs the id that ends a document; .*false"):
             opened()
-    assert CausalLMDataset([(foreign, 1.0)], 8, 0, "best_fit").samples_per_epoch == [25]
+    assert CausalLMDataset([(foreign, 1.0)], 8, 0, packing="best_fit").samples_per_epoch == [25]
