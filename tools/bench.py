@@ -18,6 +18,14 @@ def parse_arguments() -> argparse.Namespace:
     subject.add_argument("--max-mb", type=float, default=50.0, help="take so much text from the beginning (50)")
     subject.add_argument("--repeats", type=int, default=2, help="runs of each; the best one counts (2)")
     subject.add_argument("--json", action="store_true", help="print one JSON object")
+    subject = subjects.add_parser("loader", help="dataset to training step: opening, speed of one core, waits of a step")
+    subject.add_argument("--prefix", nargs="+", required=True, metavar="PREFIX", help="tokenised datasets, mixed evenly")
+    subject.add_argument("--sequence-length", type=int, default=2048, help="ids of a sample (2048)")
+    subject.add_argument("--samples-per-step", type=int, default=4, help="samples of an optimizer step (4)")
+    subject.add_argument("--tokens-per-s", type=float, default=1e6, help="what the simulated training takes (1e6)")
+    subject.add_argument("--steps", type=int, default=500, help="how many steps (500)")
+    subject.add_argument("--preload", action="store_true", help="read the data into memory first")
+    subject.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 
 
@@ -25,10 +33,15 @@ def main() -> None:
     """Measure and print."""
     arguments = parse_arguments()
     from megatron_ttl.console import print_result
-    from megatron_ttl.data.bench_preprocess import bench_preprocess
 
-    result = bench_preprocess(arguments.input, arguments.tokenizer, arguments.text_key, arguments.workers,
-                              arguments.max_mb, arguments.repeats)
+    if arguments.subject == "loader":
+        from megatron_ttl.data.bench_loader import measure_loader
+        result = measure_loader(arguments.prefix, arguments.sequence_length, arguments.samples_per_step,
+                                arguments.tokens_per_s, arguments.steps, arguments.preload)
+    else:
+        from megatron_ttl.data.bench_preprocess import bench_preprocess
+        result = bench_preprocess(arguments.input, arguments.tokenizer, arguments.text_key, arguments.workers,
+                                  arguments.max_mb, arguments.repeats)
     print_result(result, arguments.json)
 
 
