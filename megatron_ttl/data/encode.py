@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from megatron_ttl.data.documents import BadLine, Chunk, parse_line, read_chunks
-from megatron_ttl.errors import DataError
+from megatron_ttl.data.workers import in_order
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
 _SHOWN_BYTES = 10_000  # of a bad line; the whole line stands in the input
@@ -125,7 +119,7 @@ def encode_files(
     if workers == 1 and encode is None:
         results = ((chunk, encode_chunk(tokenizer, settings, chunk)) for chunk in chunks)
     else:
-        results = _in_processes(chunks, settings, workers, encode or _encode_in_worker)
+        results = in_order(partial(encode or _encode_in_worker, settings), chunks, workers)
     try:
         for chunk, outcome in results:
             yield chunk, outcome
@@ -134,43 +128,6 @@ def encode_files(
                 on_progress(before + chunk.input_bytes)
     finally:
         results.close()
-
-
-def _in_processes(chunks: Iterator[Chunk], settings: EncodeSettings, workers: int,
-                  encode: Callable[[EncodeSettings, Chunk], Outcome]) -> Iterator[tuple[Chunk, Outcome]]:
-    # An executor and not a multiprocessing.Pool, which waits for ever for the answer of a killed worker.
-    # Spawned and not forked: the parent may have threads.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin_worker)
-    waiting: deque[tuple[Chunk, Future[Outcome]]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(encode, settings, chunk)))
-            if len(waiting) > 2 * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process died; the system may have stopped it for want of memory (a very long document "
-            "needs about 50 bytes per character); use fewer --workers, or split long documents"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _encode_in_worker(settings: EncodeSettings, chunk: Chunk) -> Outcome:
