@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from megatron_ttl.data.documents import BadLine, Chunk, parse_line, read_chunks
-from megatron_ttl.data.workers import in_order
+from megatron_ttl.data.processes import in_processes
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
 _SHOWN_BYTES = 10_000  # of a bad line; the whole line stands in the input
@@ -119,7 +119,9 @@ def encode_files(
     if workers == 1 and encode is None:
         results = ((chunk, encode_chunk(tokenizer, settings, chunk)) for chunk in chunks)
     else:
-        results = in_order(partial(encode or _encode_in_worker, settings), chunks, workers)
+        results = in_processes(partial(encode or _encode_in_worker, settings), chunks, workers,
+                               "a very long document needs about 50 bytes per character; use fewer --workers, or "
+                               "split long documents")
     try:
         for chunk, outcome in results:
             yield chunk, outcome

@@ -1,4 +1,4 @@
-"""Hand pieces of work to processes and take the results in order; a process that dies is an error and not a wait."""
+"""Let worker processes do a piece of work for each of many items, and give the results in the order of the items."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[tuple[Item, Result]]:
-    """Yield every item with what `function` makes of it, in the order of the items.
+def in_processes(function: Callable[[Item], Result], items: Iterable[Item], workers: int,
+                 cure: str) -> Iterator[tuple[Item, Result]]:
+    """Yield every item with `function(item)`, in order; close the iterator to end the workers.
 
-    Items are drawn as results are taken: at most two per worker wait. `function` must be importable.
+    Args:
+        function: of a module's top level, perhaps with arguments bound by `functools.partial`: it is sent to workers.
+        items: read as the work goes on, never more than two per worker ahead.
+        workers: processes.
+        cure: what a user can do when a worker died.
 
     Raises:
-        DataError: a worker died.
+        DataError: a worker died; what `function` raises is raised as it is.
     """
     # An executor and not a multiprocessing.Pool, which waits for ever for the answer of a killed worker.
     # Spawned and not forked: the parent may have threads.
@@ -40,10 +45,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
             done, future = waiting.popleft()
             yield done, future.result()
     except BrokenProcessPool:
-        raise DataError(
-            "a worker process died; the system may have stopped it for want of memory (a very long document "
-            "needs about 50 bytes per character); use fewer --workers, or split long documents"
-        ) from None
+        raise DataError(f"a worker process died; the system may have stopped it for want of memory; {cure}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
