@@ -17,7 +17,7 @@ from pydantic import Field
 from megatron_ttl.config.describe import known_keys, show
 from megatron_ttl.config.read import parse_toml, read_text
 from megatron_ttl.config.schema import Section
-from megatron_ttl.config.suggest import did_you_mean, nearest_keys, split_key
+from megatron_ttl.config.suggest import did_you_mean, nearest_keys, nearest_words, split_key
 from megatron_ttl.config.validate import validate, without_indices
 from megatron_ttl.data.corpus.decontaminate import DecontaminateSettings
 from megatron_ttl.data.corpus.dedup_settings import DedupSettings
@@ -136,6 +136,8 @@ def load_corpus_file(path: str | os.PathLike[str]) -> CorpusFile:
     found = list(checked.faults)
     if not {"source", "source[]"} & checked.wrong and not any(key.startswith("source") for key, _ in found):
         found += _source_faults(checked.value.source)
+        if "dedup" not in checked.wrong and checked.value.dedup is not None:
+            found += _prefer_faults(checked.value)
     raise_faults(ConfigError, (f"{path}: {key}: {fault}" for key, fault in found))
     return checked.value
 
@@ -156,6 +158,13 @@ def _unknown(key: str) -> tuple[str, set[str]]:
     section = split_key(without_indices(key))[0]
     siblings = ", ".join(split_key(name)[1] for name in own if split_key(name)[0] == section)
     return f"is not a key of the corpus file; must be one of {siblings or 'its tables'}; remove it", set()
+
+
+def _prefer_faults(settings: CorpusFile) -> list[tuple[str, str]]:
+    names = [source.name for source in settings.source]
+    return [(f"dedup.prefer[{number}]", f'is "{name}"; must be the name of a source; '
+             + (did_you_mean(nearest_words(name, names)) if nearest_words(name, names) else "correct it"))
+            for number, name in enumerate(settings.dedup.prefer if settings.dedup else ()) if name not in names]
 
 
 def _source_faults(sources: tuple[SourceSettings, ...]) -> list[tuple[str, str]]:

@@ -49,6 +49,8 @@ FAULTS = {
     "a folder": (GOOD.replace("{}", "/tmp"), r"source\[0\].paths\[0\]: '/tmp' is not a file; .* write '/tmp/\*.jsonl'"),
     "given twice": (GOOD.replace('"{}"', '"{}", "{}"'), r"source\[0\].paths\[1\]: '.*a.jsonl' is given twice; every input is read once"),
     "suffix": (GOOD.replace("{}", "/proc/version"), r"source\[0\].paths: '/proc/version' has an unknown suffix; it must end in .jsonl"),
+    "prefer": (GOOD + '[dedup]\nprefer = ["b"]\n', r'dedup.prefer\[0\]: is "b"; must be the name of a source; did you mean .a.'),
+    "rule between keys": (GOOD + '[dedup]\nmin_words = 2\n', r"corpus.toml: dedup.min_words: is 2; it must be at least shingle_words"),
     "preset": (GOOD + '[filters]\npreset = "ptt"\n', r'filters.preset: is "ptt"; must be one of'),
     "pack": (GOOD + '[[decontamination.packs]]\nname = "x"\npath = "nichts.jsonl"\nkeys = ["q"]\n', "nichts.jsonl: does not exist"),
     "model": (GOOD + '[toxicity]\nmodel = "nichts"\n', "nichts"),
