@@ -66,20 +66,20 @@ def stages_of(settings: CorpusFile, source: int) -> list[Stage]:
     """
     wanted = settings.source[source]
     where = where_of(wanted)
-    predicates = [Stage(f"{kind}_where.{number}", predicate=predicate, keeps=kind == "keep", order=3 * predicate.reads_notes)
+    predicates = [Stage(f"{kind}_where.{number}", predicate=predicate, keeps=kind == "keep", order=60 * predicate.reads_notes)
                   for kind, found in (("keep", where.keep), ("drop", where.drop)) for number, predicate in enumerate(found, 1)]
     stages = [stage for stage in predicates if stage.predicate and not stage.predicate.reads_notes]
     if settings.filters is not None and wanted.filters:
-        stages += [Stage(name, step, order=1) for name, step in build_steps(settings.filters)]
+        stages += [Stage(name, step, order=10 + number) for number, (name, step) in enumerate(build_steps(settings.filters))]
     if settings.toxicity is not None:
         from megatron_ttl.data.corpus.toxicity import toxicity_step
 
-        stages.append(Stage("toxicity", toxicity_step(Path(settings.toxicity.model)), order=2))
+        stages.append(Stage("toxicity", toxicity_step(Path(settings.toxicity.model)), order=50))
         if settings.toxicity.keep_below is not None:
-            stages.append(Stage("toxicity", _keep_below(settings.toxicity.keep_below), order=2))
+            stages.append(Stage("toxicity", _keep_below(settings.toxicity.keep_below), order=50))
     stages += [stage for stage in predicates if stage.predicate and stage.predicate.reads_notes]
     if settings.decontamination is not None:
-        stages.append(Stage("decontamination", build_decontaminator(settings.decontamination), order=4))
+        stages.append(Stage("decontamination", build_decontaminator(settings.decontamination), order=70))
     return stages
 
 

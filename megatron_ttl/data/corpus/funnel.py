@@ -10,7 +10,7 @@ from megatron_ttl.data.corpus.document import Document
 from megatron_ttl.data.corpus.settings import CorpusFile
 from megatron_ttl.data.corpus.tally import Amount, Examples, Tally, difference, excerpt
 
-_DEDUP_STAGE = 9  # after those of clean.py
+_DEDUP_STAGE = 100  # after those of clean.py
 
 
 class Funnel:

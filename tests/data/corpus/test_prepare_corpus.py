@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import os
 import subprocess
@@ -16,9 +17,14 @@ from megatron_ttl.data.corpus import clean, cleaning, toxicity
 from megatron_ttl.data.corpus.plan import make_plan
 from megatron_ttl.data.corpus.run import prepare
 from megatron_ttl.data.corpus.shards import read_shard
+from megatron_ttl.data.corpus.toxicity_training import train_toxicity
 from megatron_ttl.data.documents import DocumentReader
+from megatron_ttl.data.encode import EncodeSettings
+from megatron_ttl.data.preprocess import preprocess
 from megatron_ttl.data.zstd_file import zstd_lines
 from megatron_ttl.errors import ConfigError, DataError
+from megatron_ttl.tokenizer.tokenizer import Tokenizer
+from megatron_ttl.tokenizer.train import train_tokenizer
 
 
 def run(config: Path, workers: int = 1, **options) -> dict:
@@ -80,7 +86,7 @@ def places_of_bad_lines(path: Path) -> list[tuple[int, int]]:
     return [(number + 1, sum(map(len, lines[:number]))) for number, line in enumerate(lines) if line in planted.BAD_LINES]
 
 
-@pytest.mark.parametrize("format_", ["jsonl.zst", "jsonl.gz", "jsonl"])
+@pytest.mark.parametrize("format_", ["jsonl.gz", "jsonl"])
 def test_any_number_of_workers_gives_the_same_bytes_and_any_shard_format_the_same_documents(tmp_path, repository, small_units,
                                                                                             format_):
     config = planted.plant(tmp_path, repository)
@@ -194,9 +200,6 @@ def test_one_run_at_a_time(tmp_path, repository):
 
 
 def test_tokens_are_counted_where_a_tokenizer_is_given(tmp_path, repository):
-    from megatron_ttl.tokenizer.tokenizer import Tokenizer
-    from megatron_ttl.tokenizer.train import train_tokenizer
-
     train_tokenizer(planted.good_texts(repository) * 2, tmp_path / "tokenizer", vocab_size=400)
     config = planted.plant(tmp_path, repository, corpus=f'tokenizer = "{tmp_path}/tokenizer"\n')
     result = run(config)
@@ -204,8 +207,64 @@ def test_tokens_are_counted_where_a_tokenizer_is_given(tmp_path, repository):
     documents = [document for path in (tmp_path / "out").glob("documents-*") for document in read_shard(path)]
     counts = [len(ids) for ids in tokenizer.encode_batch([document.text for document in documents])]
     assert [document.notes["tokens"] for document in documents] == counts and result["tokens"] == sum(counts)
+    encoded = preprocess(sorted((tmp_path / "out").glob("documents-*")), tmp_path / "pt",
+                         EncodeSettings(str(tmp_path / "tokenizer"), held_out_fraction=0))
+    assert encoded["tokens"] == sum(counts) + 2 * len(counts), "with <s> and </s>"
     report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
     assert report["read"]["tokens"] == sum(counts) + sum(rule["tokens"] for rule in report["rules"])
+
+
+def test_folders_of_text_files_are_read_file_by_file(tmp_path):
+    (tmp_path / "books").mkdir()
+    for number in range(30):
+        (tmp_path / f"books/{number:02}.txt").write_text(f"Livro {number}.\n\nFim.\n" if number != 7 else "", encoding="utf-8")
+    config = tmp_path / "a.toml"
+    config.write_text(f'[corpus]\noutput = "{tmp_path}/out"\n[[source]]\nname = "books"\nlicense = "PD"\n'
+                      f'paths = ["{tmp_path}/books/*.txt"]\n', encoding="utf-8")
+    assert [(wanted.name, wanted.format) for wanted in make_plan(config).inputs] == [("30 text files", "txt")]
+    assert run(config)["documents"] == 29
+    documents = list(read_shard(tmp_path / "out/documents-00000.jsonl.zst"))
+    assert documents[0].text == "Livro 0.\n\nFim." and documents[-1].id == f"books/{tmp_path}/books/29.txt:1"
+
+
+@pytest.mark.slow
+def test_real_text_goes_through_all_stages(tmp_path, shared_data):
+    train_toxicity([shared_data / "tasks/hatebr.sample.jsonl"], tmp_path / "toxicity", recall=0.5)
+    names = ("porttinari", "react_docs", "lener_juridico")
+    lines = gzip.decompress((shared_data / "text/porttinari.jsonl.gz").read_bytes()).splitlines(keepends=True)
+    (tmp_path / "copies.jsonl").write_bytes(b"".join(lines[:20]))
+    texts = ", ".join(f'"{shared_data}/text/{name}.jsonl.gz"' for name in names)
+    config = tmp_path / "a.toml"
+    config.write_text(f'''
+[corpus]
+output = "{tmp_path}/out"
+[[source]]
+name = "text"
+license = "mixed"
+license_key = "license"
+paths = [{texts}]
+[[source]]
+name = "copies"
+license = "mixed"
+paths = ["{tmp_path}/copies.jsonl"]
+filters = false
+[filters]
+[toxicity]
+model = "{tmp_path}/toxicity"
+[dedup]
+[[decontamination.packs]]
+name = "itself"
+path = "{shared_data}/tasks/faquad.sample.jsonl"
+keys = ["context"]
+''', encoding="utf-8")
+    run(config, workers=2)
+    report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+    text, copies = report["sources"]
+    assert text["read"]["documents"] == 279 and text["kept"]["documents"] > 0.8 * 279, "well-edited text mostly stays"
+    assert copies["lost"]["dedup.exact"]["documents"] + copies["kept"]["documents"] == 20
+    assert copies["lost"]["dedup.exact"]["documents"] >= 15, "but for those whose first copy a filter dropped"
+    notes = [document.notes["toxicity"] for path in (tmp_path / "out").glob("documents-*") for document in read_shard(path)]
+    assert all(0 <= note <= 1 for note in notes) and len(set(notes)) > 50
 
 
 def test_the_sample_file_runs_as_shipped(tmp_path, repository):
