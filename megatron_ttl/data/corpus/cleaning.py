@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -38,8 +38,7 @@ class Cleaning:
         self._settings = plan.settings.model_dump_json()
         self._unreadable: Counter[str] = Counter()
         self._bad: list[str] = []
-        self._rows = self._given = self._taken = 0
-        self._complete: deque[tuple[int, Path, dict[str, Any]]] = deque()
+        self._rows = 0
 
     def run(self, workers: int) -> None:
         """Clean all units that have no completion record yet.
@@ -54,10 +53,7 @@ class Cleaning:
                        else in_processes(clean_unit, jobs, workers, "use fewer --workers, or split long documents"))
             with closing(results):
                 for _, record in results:
-                    self._taken += 1
                     self._count(record)
-                    self._note_complete_inputs()
-            self._note_complete_inputs()
         if self._unreadable.total() > self._plan.settings.corpus.max_bad_fraction * self._rows:
             self._refuse()
 
@@ -87,7 +83,6 @@ class Cleaning:
                 if (record := _record(stem, state)) is not None:
                     self._count(record)
                 else:
-                    self._given += 1
                     yield Job(self._settings, wanted, unit, str(stem), state)
                 on_progress(before + unit.input_bytes)
             with _input_errors(wanted):
@@ -95,7 +90,7 @@ class Cleaning:
                     raise DataError(f"{wanted.name}: changed while it was read; it must stay as it is; start the same command "
                                     "again")
                 before += wanted.size_bytes
-            self._complete.append((self._given, whole, {"state": state, "units": number + 1}))
+            write_json(whole, {"state": state, "units": number + 1})  # units have records of their own
 
     def _stem(self, name: str, number: int) -> Path:
         return self._folder / f"{name}-{number:06d}"
@@ -114,11 +109,6 @@ class Cleaning:
             assert unit is not None
             self._count(unit)
         return True
-
-    def _note_complete_inputs(self) -> None:
-        while self._complete and self._complete[0][0] <= self._taken:
-            _, path, record = self._complete.popleft()
-            write_json(path, record)
 
     def _count(self, record: dict[str, Any]) -> None:
         self._unreadable.update(record["tally"]["unreadable"])

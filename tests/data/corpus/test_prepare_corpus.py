@@ -6,6 +6,7 @@ import fcntl
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_ttl.data.corpus import clean, cleaning, toxicity
 from megatron_ttl.data.corpus.plan import make_plan
 from megatron_ttl.data.corpus.run import prepare
 from megatron_ttl.data.corpus.shards import read_shard
+from megatron_ttl.data.corpus.tally import Examples
 from megatron_ttl.data.corpus.toxicity_training import train_toxicity
 from megatron_ttl.data.documents import DocumentReader
 from megatron_ttl.data.encode import EncodeSettings
@@ -97,11 +99,27 @@ def test_any_number_of_workers_gives_the_same_bytes_and_any_shard_format_the_sam
     run(config, workers=3)
     by_three = planted.contents(tmp_path / "out")
     assert list(DocumentReader(sorted((tmp_path / "out").glob("documents-*")))) == texts and f"documents-00000.{format_}" in by_three
+    assert format_ != "jsonl.gz" or by_three["documents-00000.jsonl.gz"][4:8] == bytes(4), "no time"
     (tmp_path / "out").rename(tmp_path / "by three")
     for path in (tmp_path / "raw").iterdir():  # read at another time
         os.utime(path)
     run(config, workers=1)
     assert planted.contents(tmp_path / "out") == by_three
+
+
+def test_examples_are_chosen_whatever_the_order_and_the_grouping():
+    ids = [f"web/a.jsonl:{number}" for number in range(300)]
+    chosen = []
+    for seed in (0, 0, 1):
+        random.Random(len(chosen)).shuffle(ids)
+        parts = [Examples(20, seed) for _ in range(3)]
+        for number, id_ in enumerate(ids):
+            parts[number % 3].add("rule", id_, {"id": id_})
+        for part in parts[1:]:
+            parts[0].merge(part.to_json())
+        chosen.append(parts[0].to_json()["rule"])
+    assert chosen[0] == chosen[1] != chosen[2] and len(chosen[0]) == 20
+    assert parts[0].wants("rule", chosen[2][0]["id"]) and sum(parts[0].wants("rule", id_) for id_ in ids) < 25
 
 
 def test_large_outputs_are_several_files(tmp_path, repository):
