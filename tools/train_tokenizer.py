@@ -20,8 +20,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--character-coverage", type=float, default=0.99995,
                         help="share of the characters that get a piece, the rest is spelled in bytes "
                              "(0.99995)")
-    parser.add_argument("--max-documents", type=int, help="train on a sample of so many documents")
-    parser.add_argument("--max-bytes", type=int, help="train on a sample of so many bytes of text")
+    parser.add_argument("--digits", choices=("split", "whole"), default="split",
+                        help="split makes every digit a token; whole costs fewer tokens (split)")
+    parser.add_argument("--max-documents", "--samples", type=int, help="train on a sample of so many documents")
+    parser.add_argument("--max-bytes", type=int, help="train on a sample of so many bytes of text; 6.5 times as much memory")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (0)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.001,
                         help="share of lines that may be no documents (0.001)")
@@ -36,7 +38,7 @@ def main() -> None:
     from megatron_ttl.console import print_result, progress
     from megatron_ttl.data.documents import DocumentReader, input_faults
     from megatron_ttl.errors import DataError, raise_faults
-    from megatron_ttl.tokenizer.train import train_tokenizer
+    from megatron_ttl.tokenizer.train import announce_sample, train_tokenizer
 
     raise_faults(DataError, input_faults(arguments.input))
     reader = DocumentReader(arguments.input, arguments.text_key, arguments.max_bad_fraction)
@@ -44,8 +46,8 @@ def main() -> None:
         result = train_tokenizer(
             reader, arguments.output, arguments.vocab_size, normalization=arguments.normalization,
             character_coverage=arguments.character_coverage, max_documents=arguments.max_documents,
-            max_bytes=arguments.max_bytes, seed=arguments.seed, inputs=reader.sources,
-            overwrite=arguments.overwrite,
+            max_bytes=arguments.max_bytes, seed=arguments.seed, inputs=reader.sources, digits=arguments.digits,
+            on_sample=None if arguments.json else announce_sample, overwrite=arguments.overwrite,
         )
     result["rejected_lines"] = sum(reader.rejected.values())
     print_result(result, arguments.json, "tokenizer")

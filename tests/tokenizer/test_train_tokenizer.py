@@ -193,6 +193,17 @@ def test_nfkc_is_a_choice(tmp_path):
     assert folded.decode(folded.encode("  a\n\n b  ")) == "  a\n\n b  ", "spaces and lines stay"
 
 
+def test_whole_numbers_are_a_choice(tmp_path):
+    texts = [f"em {year} e em {year + 1} " * 20 for year in range(1990, 2000)] + make_texts(20)
+    for digits in ("split", "whole"):
+        train_tokenizer(texts, tmp_path / digits, 500, digits=digits)
+        assert json.loads((tmp_path / digits / "training.json").read_text())["digits"] == digits
+        loaded = Tokenizer.load(tmp_path / digits)
+        assert loaded.decode(loaded.encode("em 1995, 007 e\n19951")) == "em 1995, 007 e\n19951"
+    assert not any(re.search(r"\d\d|\d\D|\D\d", piece) for piece in pieces(tmp_path / "split")[260:])
+    assert any("1995" in piece for piece in pieces(tmp_path / "whole"))
+
+
 def test_errors_of_the_input_come_through(tmp_path):
     def texts():
         yield "um"

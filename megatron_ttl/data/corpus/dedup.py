@@ -1,7 +1,7 @@
 """Find documents that a corpus has twice: the same text, nearly the same, and paragraphs that stand everywhere.
 
 Of a cluster the first document stays: by source where `prefer` names some, then by shard, then by line. So what stays
-does not depend on lengths or workers, and shards that are added at the end drop nothing that stayed before.
+depends neither on lengths nor on workers, and a document of a shard that is added at the end takes the place of none before.
 
 First come exact copies, then near ones among the rest, then paragraphs of what is left: a paragraph of a dropped
 document never counts as the first.

@@ -30,7 +30,8 @@ def _only_false(switch: bool) -> bool:
 Limit = float | Annotated[bool, AfterValidator(_only_false)] | None
 """A limit, `false` to switch its rule off, or absent: as the preset has it. Not `Literal[False]`: that takes 0 as well."""
 
-_PRESETS = resources.files("megatron_ttl.data.corpus") / "presets"
+PRESETS = resources.files("megatron_ttl.data.corpus") / "presets"
+"""Folder of the shipped presets."""
 
 
 class RepairTable(Section):
@@ -41,7 +42,7 @@ class RepairTable(Section):
     line_ends: bool | None = None
     """Turn every kind of line end into a line feed."""
     control_characters: bool | None = None
-    """Remove control characters, but tab and line feed, and byte order marks."""
+    """Remove control characters, but tab and line ends, and byte order marks."""
     normalization: Literal["none", "NFC", "NFKC"] | None = None
     """Unicode normal form of the text; NFKC also replaces ligatures, superscripts and wide characters."""
 
@@ -173,7 +174,7 @@ class FilterSettings(FilterTables):
 
 def preset_names() -> list[str]:
     """Return the names of the shipped presets."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _PRESETS.iterdir()
+    return sorted(entry.name.removesuffix(".toml") for entry in PRESETS.iterdir()
                   if entry.name.endswith(".toml"))
 
 
@@ -190,12 +191,12 @@ def read_preset(preset: str) -> FilterTables:
             raise ConfigError(f'filters.preset: is "{preset}"; must be one of {", ".join(names)}, or the path of a TOML '
                               f"file; {did_you_mean(near) if near else 'write one of these'}")
         where = Path(f"{preset}.toml")
-        text, faults = (_PRESETS / where.name).read_text(encoding="utf-8"), []
+        text, faults = (PRESETS / where.name).read_text(encoding="utf-8"), []
     else:
         where = Path(preset)
         text, faults = read_text(where, "a preset of filters in TOML", "filters.preset")
     raw, broken = parse_toml(text, where)
-    checked = validate(FilterTables, raw, _unknown)
+    checked = validate(FilterTables, raw, unknown_key)
     raise_faults(ConfigError, [*faults, *broken] or [f"{where}: {key}: {fault}" for key, fault in checked.faults])
     return checked.value
 
@@ -223,7 +224,8 @@ def _given(table: Section) -> dict[str, Any]:
     return {name: value for name, value in table if value is not None}
 
 
-def _unknown(key: str) -> tuple[str, set[str]]:
+def unknown_key(key: str) -> tuple[str, set[str]]:
+    """Return the fault of a key that the tables do not have, and the keys that were probably meant."""
     known = known_keys(FilterTables)
     if near := nearest_keys(key, known):
         return f"is not a key of filters; must be one of its keys; {did_you_mean(near)}", set(near)

@@ -16,7 +16,8 @@ from megatron_ttl.errors import DataError
 _SNIPPET = 80  # characters kept of what was repaired
 _BEFORE_CHANGE = 20  # of them before the first change
 _LINE_ENDS = re.compile("\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
+# No line ends: without them lines would run together.
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff]")
 
 # Bounded, and begun only where a name can begin: no text takes more than time in proportion to its length.
 _EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?![\w-])")
@@ -71,7 +72,7 @@ def line_ends_step(document: Document) -> Document:
 
 
 def control_characters_step(document: Document) -> Document:
-    """Remove control characters but tab and line feed, and byte order marks; note how many as `control_characters`."""
+    """Remove control characters but tab and line ends, and byte order marks; note how many as `control_characters`."""
     return _replaced(document, _CONTROLS, "", "control_characters")
 
 
@@ -138,5 +139,5 @@ def is_cpf(number: str) -> bool:
     digits = [int(sign) for sign in number if sign in "0123456789"]
     if len(digits) != 11 or len(set(digits)) == 1:
         return False
-    return all(digits[length] == 10 * sum(digit * (length + 1 - place) for place, digit in enumerate(digits[:length])) % 11 % 10
-               for length in (9, 10))
+    sums = (sum(digit * (length + 1 - place) for place, digit in enumerate(digits[:length])) for length in (9, 10))
+    return digits[9:] == [10 * weighted % 11 % 10 for weighted in sums]

@@ -27,8 +27,8 @@ class _Keywords:
     """Of a line."""
     calls: dict[str, re.Pattern[str]]
     """Anywhere in a line of code."""
-    any: re.Pattern[str]
-    """Finds nothing in most texts, and then nothing more is done."""
+    any_beginning: re.Pattern[str]
+    """Any of the first: most texts have none, and then nothing more is done."""
 
 
 def translated_code_step(keywords: Sequence[str], max_lines: float | None) -> Step:
@@ -52,10 +52,11 @@ def translated_code_step(keywords: Sequence[str], max_lines: float | None) -> St
 def _translated_lines(text: str, keywords: _Keywords) -> Counter[str]:
     """Count the lines of translated code by the first keyword of each."""
     found: Counter[str] = Counter()
-    if not keywords.any.search(text):
+    lines = text.split("\n")
+    if not any(map(keywords.any_beginning.match, lines)) and not any(call in text for call in keywords.calls):
         return found
     fenced = False
-    for line in text.split("\n"):
+    for line in lines:
         if _FENCE.match(line):
             fenced = not fenced
         elif keyword := _keyword_of(line, fenced or _LOOKS_LIKE_CODE.search(line) is not None, keywords):
@@ -80,5 +81,5 @@ def _compile(keywords: Sequence[str]) -> _Keywords:
             calls[keyword] = re.compile(rf"(?<![\w.]){pattern}")
         else:
             beginning[keyword] = re.compile(rf"[ \t]*{pattern}" + (r"(?!\w)" if keyword[-1].isalnum() else ""))
-    either = [*(rf"^{pattern.pattern}" for pattern in beginning.values()), *(pattern.pattern for pattern in calls.values())]
-    return _Keywords(beginning, calls, re.compile("|".join(either) or r"(?!)", re.MULTILINE))
+    either = "|".join(pattern.pattern for pattern in beginning.values())
+    return _Keywords(beginning, calls, re.compile(either or r"(?!)"))

@@ -88,7 +88,8 @@ def test_repeated_paragraphs_stay_once(tmp_path):
     assert dropped(result, 2) == {(1, 3): ("dedup.paragraphs", 2), (1, 4): ("dedup.exact", "a/1:3")}
     assert not result.of_shard(0)
     shortened = [result.of_shard(1)[line].apply(Document(texts[line], "a", "CC0", "1", line)) for line in (1, 2)]
-    assert [document.text for document in shortened] == [f"{own[1]}\n\n{short}\n\n{twice}", f"{own[2]}\n\n{short}\n\n{twice}"]
+    rest = f"{short}\n\n{twice}"
+    assert [document.text for document in shortened] == [f"{own[1]}\n\n{rest}", f"{own[2]}\n\n{rest}"]
     assert shortened[1].notes == {"paragraphs": {"removed": 2, "characters": 2 * len(rights)}}
     report = result.report
     assert (report["edited"], report["removed_paragraphs"], report["removed_characters"]) == (2, 5, 5 * len(rights))
@@ -165,6 +166,14 @@ def test_the_report_tells_sizes_sources_and_the_largest(tmp_path):
     assert report["settings"]["bands"] == 14
 
 
+def test_nothing_to_compare_is_no_fault(tmp_path):
+    for number, shards in enumerate(([], [[]], [[], ["um texto"]])):
+        result = find_duplicates(write_shards(tmp_path / f"in-{number}", shards), DedupSettings(min_similarity=0.5),
+                                 tmp_path / f"work-{number}", 1)
+        assert (result.report["kept"], result.report["clusters_by_size"]) == (sum(map(len, shards)), {})
+        assert all(result.of_shard(shard) == {} for shard in range(len(shards)))
+
+
 def test_what_cannot_be_used_is_said(tmp_path):
     shards = write_shards(tmp_path / "in", [["um texto"], []])
     with pytest.raises(DataError, match="(?s)none.zst: is no file.*00000.jsonl.zst: is given twice.*workers: is 0"):
@@ -173,7 +182,8 @@ def test_what_cannot_be_used_is_said(tmp_path):
     shards[0].write_bytes(packed[:-20] + b"x" * 20)
     with pytest.raises(DataError, match="clean-00000.jsonl.zst:.* is no document of a clean shard"):
         find_duplicates(shards, DedupSettings(), tmp_path / "work", 1)
-    for bad, words in (({"min_words": 3}, "must be at least shingle_words"), ({"prefer": ("a", "a")}, "names a source twice"),
+    for bad, words in (({"min_words": 3}, "must be at least shingle_words"),
+                       ({"prefer": ("a", "a")}, "names a source twice"),
                        ({"band": 3}, "Extra inputs are not permitted"), ({"rows": 0}, "greater than or equal to 1")):
         with pytest.raises(ValidationError, match=words):
             DedupSettings(**bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from itertools import count, islice
 
@@ -13,7 +14,7 @@ from scipy.stats import binom
 
 from megatron_ttl.data.corpus.dedup import DedupSettings, find_duplicates
 from megatron_ttl.data.corpus.minhash import band_keys, collision_probability, signature_version, signatures
-from megatron_ttl.data.corpus.ngrams import ngram_hashes
+from megatron_ttl.data.corpus.ngrams import ngram_hashes, normalise, words_of
 
 SHINGLES = 800  # of a document; below some hundred the curve of one document is a little steeper than the theory
 PAIRS = {0.3: 500, 0.5: 400, 0.7: 400, 0.8: 400, 0.9: 400}
@@ -100,7 +101,8 @@ def test_another_library_finds_as_many(planted):
 
 def test_signatures_are_those_of_every_process_and_machine():
     """Values that are written down: were they to change, what a killed run left would not fit what follows."""
-    rows = signatures([np.arange(1, 900, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15), np.arange(3, dtype=np.uint64)], 112)
+    many = np.arange(1, 900, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    rows = signatures([many, np.arange(3, dtype=np.uint64)], 112)
     assert rows.shape == (2, 112) and rows.dtype == np.uint32
     assert rows[:, :3].tolist() == [[240145837, 54214011, 196633033], [3264571612, 3592674595, 3412090254]]
     assert signature_version().startswith("rensa ") and signatures([], 112).shape == (0, 112)
@@ -115,3 +117,9 @@ def test_runs_of_words_differ_by_words_and_order():
     assert one[0] == one[3] and two[0] == two[3] and len(set(two)) == 3 and len(set(three)) == 3
     assert hashes("b a")[1] != hashes("a b")[1] and hashes("ab c")[1] != hashes("a bc")[1]
     assert hashes("") == [] and len(hashes("a b")) == 2
+
+
+def test_words_are_runs_of_letters_marks_and_digits():
+    text = unicodedata.normalize("NFD", "À beira-mar, «NÃO» há 3,5 ÍNDIOS…\u00a0हिन्दी भाषा")
+    assert words_of(normalise(text)) == ["à", "beira", "mar", "não", "há", "3", "5", "índios", "हिन्दी", "भाषा"]
+    assert normalise(" Straße\t\n ") == "strasse" and normalise("\u01f0") == normalise("J\u030c")

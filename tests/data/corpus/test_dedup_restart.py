@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -88,6 +89,39 @@ def test_a_run_that_is_killed_anywhere_goes_on(shards, undisturbed, tmp_path):
     assert folder_bytes(result.folder) == folder_bytes(undisturbed.folder)
     left = {path.name.split("-")[0] for path in (tmp_path / "work").iterdir()}
     assert left == {"scan", "result"}, "nothing is left of what was killed"
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from megatron_ttl.data.corpus.dedup import DedupSettings, find_duplicates
+
+*shards, work = map(Path, sys.argv[1:])
+find_duplicates(shards, DedupSettings(min_similarity=0.5), work, 3)
+"""
+
+
+@pytest.mark.long
+def test_a_run_with_workers_that_is_killed_anywhere_goes_on(tmp_path):
+    """Thirty kills at random moments, of a run with three workers; each run goes on where the one before stood."""
+    draw = random.Random(12)
+    texts = [" ".join(draw.choice(("um", "rio", "casa")) + str(draw.randrange(60)) for _ in range(80)) for _ in range(4000)]
+    shards = write_shards(tmp_path / "in", [draw.choices(texts, k=1500) for _ in range(12)])
+    expected = find_duplicates(shards, DedupSettings(min_similarity=0.5), tmp_path / "undisturbed", 1)
+    kills, folders = 0, 0
+    while kills < 30:
+        folders += 1
+        while True:
+            run = subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, shards), str(tmp_path / f"work-{folders}")])
+            try:
+                assert run.wait(draw.uniform(0.3, 4)) == 0
+                break
+            except subprocess.TimeoutExpired:
+                run.kill()
+                run.wait()
+                kills += 1
+        found = find_duplicates(shards, DedupSettings(min_similarity=0.5), tmp_path / f"work-{folders}", 1)
+        assert folder_bytes(found.folder) == folder_bytes(expected.folder)
 
 
 def test_what_is_there_is_not_read_again_and_what_changed_is(shards, undisturbed, tmp_path):

@@ -10,7 +10,7 @@ from filter_documents import document, only, settings
 
 from megatron_ttl.config.validate import validate
 from megatron_ttl.data.corpus.document import Dropped
-from megatron_ttl.data.corpus.filter_settings import _PRESETS, FilterSettings, _unknown, preset_names, read_preset, resolve
+from megatron_ttl.data.corpus.filter_settings import PRESETS, FilterSettings, preset_names, read_preset, resolve, unknown_key
 from megatron_ttl.data.corpus.filters import build_steps, limits_of
 from megatron_ttl.data.corpus.text_rules import RULES
 from megatron_ttl.errors import ConfigError, DataError
@@ -81,9 +81,10 @@ def test_zero_is_a_limit():
 
 
 def test_another_language_is_a_file(tmp_path):
-    text = (_PRESETS / "pt.toml").read_text(encoding="utf-8")
+    text = (PRESETS / "pt.toml").read_text(encoding="utf-8")
     file = tmp_path / "gl.toml"
-    file.write_text(text.replace('keep = ["pt"]', 'keep = ["gl"]').replace("min_words = 50", "min_words = 7"), encoding="utf-8")
+    text = text.replace('keep = ["pt"]', 'keep = ["gl"]').replace("min_words = 50", "min_words = 7")
+    file.write_text(text, encoding="utf-8")
     tables = resolve(settings(preset=str(file)))
     assert tables.language.keep == ("gl",)
     assert tables.gopher.min_words == 7
@@ -125,10 +126,10 @@ def test_settings_that_cannot_be_are_refused(tables, message):
 def test_a_wrong_key_of_a_corpus_file_is_named_with_what_was_meant():
     """As the corpus file is read: the schema with the house's check."""
     raw = tomllib.loads("[gopher]\nmin_word = 20\nmax_bullet_lines = -1\n[fineweb]\nmin_line_punctuation = false\n")
-    faults = dict(validate(FilterSettings, raw, _unknown).faults)
+    faults = dict(validate(FilterSettings, raw, unknown_key).faults)
     assert set(faults) == {"gopher.min_word", "gopher.max_bullet_lines"}
     assert "did you mean 'gopher.min_words'?" in faults["gopher.min_word"]
-    assert validate(FilterSettings, {"fineweb": raw["fineweb"]}, _unknown).value == settings(**json.loads(
+    assert validate(FilterSettings, {"fineweb": raw["fineweb"]}, unknown_key).value == settings(**json.loads(
         '{"fineweb": {"min_line_punctuation": false}}'))
 
 

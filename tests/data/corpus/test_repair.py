@@ -30,6 +30,7 @@ def steps(**tables):
 
 
 MASK = {"personal_data": {"mask_email": True, "mask_cpf": True}}
+REPAIR = {"repair": {"mojibake": True, "line_ends": True, "control_characters": True}}
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "windows-1252"])
@@ -51,7 +52,7 @@ def test_the_snippet_begins_shortly_before_the_repair_and_is_short():
 
 def test_right_text_stays_as_it_is():
     given_ = document(RIGHT)
-    for _, step in build_steps(only("pt", {"repair": {"mojibake": True, "line_ends": True, "control_characters": True}, **MASK})):
+    for _, step in build_steps(only("pt", {**REPAIR, **MASK})):
         assert step(given_) is given_
 
 
@@ -61,13 +62,15 @@ def test_only_the_encoding_is_repaired():
 
 
 def test_line_ends_and_control_characters():
-    result = steps(repair={"line_ends": True, "control_characters": True})("\ufeffa\r\nb\rc\u2028d\x85e\vf\tg\x00h\x9bi\x7f\n")
+    repair = steps(repair={"line_ends": True, "control_characters": True})
+    result = repair("\ufeffa\r\nb\rc\u2028d\x85e\vf\tg\x00h\x9bi\x7f\n")
     assert result.text == "a\nb\nc\nd\ne\nf\tghi\n"
     assert result.notes == {"line_ends": 5, "control_characters": 4}
+    assert steps(repair={"control_characters": True})("a\rb\x85c\x07").text == "a\rb\x85c"
 
 
 def test_mojibake_is_repaired_before_its_control_characters_are_removed():
-    result = steps(repair={"mojibake": True, "line_ends": True, "control_characters": True})("Ã\x80s trÃªs â\x80\x94 nÃ£o")
+    result = steps(**REPAIR)("Ã\x80s trÃªs â\x80\x94 nÃ£o")
     assert result.text == "Às três — não"
 
 
@@ -109,12 +112,13 @@ def test_one_in_a_hundred_numbers_is_a_cpf_by_chance():
 @given(st.text(max_size=200) | st.text("Ã£â€œ@.-12 \r\n\x85\x00", max_size=200))
 @hypothesis_settings(max_examples=200, deadline=None)
 def test_any_text_is_repaired_and_nothing_is_left_to_repair(text):
-    repair = steps(repair={"mojibake": True, "line_ends": True, "control_characters": True}, **MASK)
+    repair = steps(**REPAIR, **MASK)
     result = repair(text)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", result.text)
 
 
-@pytest.mark.parametrize("piece", ["a", "é", "Ã£", "@", "a@", "a@a.", ".a", "1", "529.", "\r\n", "a@b.com ", "529.982.247-25 "])
+@pytest.mark.parametrize("piece", ["a", "é", "Ã£", "@", "a@", "a@a.", ".a", "1", "529.", "\r\n", "a@b.com ",
+                                   "529.982.247-25 "])
 def test_a_megabyte_of_the_same_takes_no_two_seconds(piece):
-    repair = steps(repair={"mojibake": True, "line_ends": True, "control_characters": True}, **MASK)
+    repair = steps(**REPAIR, **MASK)
     assert any(cpu_seconds(repair, piece * (1_000_000 // len(piece))) < 2 for _ in range(3))

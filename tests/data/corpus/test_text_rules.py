@@ -77,7 +77,8 @@ def test_every_rule_stands_in_the_table():
     assert [rule.name for rule in RULES] == [row[0] for row in AT_LIMIT]
 
 
-@pytest.mark.parametrize(("rule", "preset", "make", "at_limit", "beyond", "limit"), AT_LIMIT, ids=[row[0] for row in AT_LIMIT])
+@pytest.mark.parametrize(("rule", "preset", "make", "at_limit", "beyond", "limit"), AT_LIMIT,
+                         ids=[row[0] for row in AT_LIMIT])
 def test_a_text_at_the_limit_stays_and_one_unit_beyond_goes(rule, preset, make, at_limit, beyond, limit):
     table, _, key = rule.partition(".")
     assert limits_of(read_preset(preset))[rule] == limit
@@ -141,8 +142,8 @@ def test_shares_lie_between_nothing_and_all_whatever_the_text(text):
         assert value <= 1 or not rule.is_share, rule.name
 
 
-@pytest.mark.parametrize("piece", ["a", "\n", "é", "e\u0301", "a ", "a b ", "#", ". ", "-", "a-", "a\n", " \t", "1.", "\u0301",
-                                   "a b c d e f g h i j k l ", "\n\n \n", "…"])
+@pytest.mark.parametrize("piece", ["a", "\n", "é", "e\u0301", "a ", "a b ", "#", ". ", "-", "a-", "a\n", " \t", "1.",
+                                   "\u0301", "a b c d e f g h i j k l ", "\n\n \n", "…"])
 def test_a_megabyte_of_the_same_takes_no_two_seconds(piece):
     text = piece * (1_000_000 // len(piece))
     assert any(cpu_seconds(measures, text, SIGNS) < 2 for _ in range(3))
