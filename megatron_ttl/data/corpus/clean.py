@@ -66,8 +66,9 @@ def stages_of(settings: CorpusFile, source: int) -> list[Stage]:
     """
     wanted = settings.source[source]
     where = where_of(wanted)
-    predicates = [Stage(f"{kind}_where.{number}", predicate=predicate, keeps=kind == "keep", order=60 * predicate.reads_notes)
-                  for kind, found in (("keep", where.keep), ("drop", where.drop)) for number, predicate in enumerate(found, 1)]
+    predicates = [
+        Stage(f"{kind}_where.{number}", predicate=predicate, keeps=kind == "keep", order=60 * predicate.reads_notes)
+        for kind, found in (("keep", where.keep), ("drop", where.drop)) for number, predicate in enumerate(found, 1)]
     stages = [stage for stage in predicates if stage.predicate and not stage.predicate.reads_notes]
     if settings.filters is not None and wanted.filters:
         stages += [Stage(name, step, order=10 + number) for number, (name, step) in enumerate(build_steps(settings.filters))]
@@ -117,8 +118,8 @@ def clean_unit(job: Job) -> dict[str, Any]:
     write_lines(f"{job.stem}.clean.jsonl.zst", (to_line(to_record(document)) for document in kept))
     write_lines(f"{job.stem}.dropped.jsonl.zst",
                 map(to_line, [*unreadable, *(dropped_record(document, why) for document, why, _ in dropped)]))
-    bad = [f"{entry['file']}:{entry['line']}:{'' if entry['byte'] is None else str(entry['byte']) + ':'} {entry['value']}; every "
-           "line or row must be a document; repair or remove it" for entry in unreadable[:_FAULTS]]
+    bad = [f"{entry['file']}:{entry['line']}:{'' if entry['byte'] is None else str(entry['byte']) + ':'} {entry['value']}; "
+           "every line or row must be a document; repair or remove it" for entry in unreadable[:_FAULTS]]
     name = settings.source[job.wanted.source].name
     record = {"state": job.state, "source": name, "tally": tally.to_json(), "changes": examples.to_json(), "bad": bad}
     write_text(f"{job.stem}.json", to_line(record).decode())

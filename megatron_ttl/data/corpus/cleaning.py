@@ -87,8 +87,8 @@ class Cleaning:
                 on_progress(before + unit.input_bytes)
             with _input_errors(wanted):
                 if wanted.identity() != identity:
-                    raise DataError(f"{wanted.name}: changed while it was read; it must stay as it is; start the same command "
-                                    "again")
+                    raise DataError(f"{wanted.name}: changed while it was read; it must stay as it is; start the same "
+                                    "command again")
                 before += wanted.size_bytes
             write_json(whole, {"state": state, "units": number + 1})  # units have records of their own
 
@@ -151,5 +151,5 @@ def _input_errors(wanted: Input) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{error.filename or wanted.name}: cannot be read ({error.strerror}); it must stay where it is until "
-                        "the corpus is ready; put it back") from None
+        raise DataError(f"{error.filename or wanted.name}: cannot be read ({error.strerror}); it must stay where it is "
+                        "until the corpus is ready; put it back") from None

@@ -35,7 +35,8 @@ def finish(plan: Plan, stems: list[Path], workers: int) -> dict[str, Any]:
     duplicates = _duplicates(plan, stems, workers)
     funnel = Funnel(plan.settings, duplicates.report if duplicates is not None else None)
     corpus = plan.settings.corpus
-    with (_Shards(final, corpus.shard_format, corpus.shard_megabytes << 20) as shards, _DroppedLists(final / DROPPED) as dropped,
+    with (_Shards(final, corpus.shard_format, corpus.shard_megabytes << 20) as shards,
+          _DroppedLists(final / DROPPED) as dropped,
           progress("writing", len(stems), " units") as on_progress):
         for number, stem in enumerate(stems):
             record = json.loads(Path(f"{stem}.json").read_bytes())

@@ -69,11 +69,11 @@ class Funnel:
                 assert getattr(tally.read, part) == getattr(tally.kept, part) + gone + changed, f"{part} are counted once"
             total.merge(tally.to_json())
         examples = self._dropped.to_json()
-        rules = sorted(total.lost, key=lambda rule: (total.stage[rule], rule))
         return {
             "rows": total.rows, "blank": total.blank, "unreadable": total.unreadable.total(),
             "read": _amount(total.read), "kept": _amount(total.kept),
-            "rules": [{"rule": rule, **_amount(total.lost[rule]), "examples": examples.get(rule, [])} for rule in rules],
+            "rules": [{"rule": rule, **_amount(total.lost[rule]), "examples": examples.get(rule, [])}
+                      for rule in total.rules()],
             "unreadable_examples": examples.get(UNREADABLE, []),
             "changes": [{"step": step, **_amount(amount), "examples": self._changed.to_json().get(step, [])}
                         for step, amount in total.changed.items()],
@@ -87,7 +87,7 @@ class Funnel:
         return {
             "source": source.name, "license": source.license, "rows": tally.rows, "blank": tally.blank,
             "unreadable": dict(sorted(tally.unreadable.items())), "read": _amount(tally.read), "kept": _amount(tally.kept),
-            "lost": {rule: _amount(tally.lost[rule]) for rule in sorted(tally.lost, key=lambda rule: (tally.stage[rule], rule))},
+            "lost": {rule: _amount(tally.lost[rule]) for rule in tally.rules()},
             "changed": {step: _amount(amount) for step, amount in tally.changed.items()},
             "where": {"keep": list(source.keep_where), "drop": list(source.drop_where),
                       "documents_without_the_field": dict(sorted(tally.unknown.items()))},
@@ -115,7 +115,8 @@ class Funnel:
         ]
         if report["changes"]:
             lines += ["", "Changed:", "", *_table(["step", "documents", "bytes taken away"], [
-                [f"`{change['step']}`", f"{change['documents']:,}", f"{change['bytes']:,}"] for change in report["changes"]])]
+                [f"`{change['step']}`", f"{change['documents']:,}", f"{change['bytes']:,}"]
+                for change in report["changes"]])]
         where = [[entry["source"], f"`{kind}_where.{number}`", f"`{text}`"] for entry in sources for kind in ("keep", "drop")
                  for number, text in enumerate(entry["where"][kind], 1)]
         if where:
@@ -126,7 +127,8 @@ class Funnel:
             lines += ["", "Predicates on fields that documents do not have (false for these):", "",
                       *_table(["source", "predicate", "documents"], [[name, f"`{text}`", f"{count:,}"]
                                                                      for name, text, count in unknown])]
-        lines += ["", "`report.json` has all numbers by rule and source, and examples; `dropped/` has all that was dropped.", ""]
+        lines += ["", "`report.json` has all numbers by rule and source, and examples; `dropped/` has all that was dropped.",
+                  ""]
         return "\n".join(lines)
 
 
@@ -139,8 +141,9 @@ def _share(part: int, whole: int) -> str:
 
 
 def _most_from(rule: str, sources: Iterable[Mapping[str, Any]]) -> str:
-    losses = sorted(((entry["lost"].get(rule, {"documents": 0})["documents"], entry["source"]) for entry in sources), reverse=True)
-    return ", ".join(f"{source} {count:,}" for count, source in losses[:3] if count)
+    losses = sorted(((entry["lost"][rule]["documents"], entry["source"]) for entry in sources if rule in entry["lost"]),
+                    reverse=True)
+    return ", ".join(f"{source} {count:,}" for count, source in losses[:3])
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -72,14 +72,14 @@ def _require_hub(source: SourceSettings) -> None:
     try:
         HfApi().dataset_info(source.dataset, revision=source.revision, timeout=_HUB_TIMEOUT_S)
     except Exception as error:  # of the library, of its HTTP client, of the system
-        raise DataError(f"source '{source.name}': dataset: '{source.dataset}' is no folder here, and the hub does not give it "
-                        f"({_in_short(error)}); it must be a folder, or a dataset on the hub and a network; correct the name, "
-                        "or download it where there is a network and give its folder") from None
+        raise DataError(f"source '{source.name}': dataset: '{source.dataset}' is no folder here, and the hub does not "
+                        f"give it ({_in_short(error)}); it must be a folder, or a dataset on the hub and a network; correct "
+                        "the name, or download it where there is a network and give its folder") from None
 
 
 def _unreadable(source: SourceSettings, error: Exception) -> DataError:
-    return DataError(f"source '{source.name}': dataset: '{source.dataset}' cannot be read ({_in_short(error)}); it must be a "
-                     "folder written by save_to_disk, a folder of data files, or a dataset on the hub; correct dataset, "
+    return DataError(f"source '{source.name}': dataset: '{source.dataset}' cannot be read ({_in_short(error)}); it must be "
+                     "a folder written by save_to_disk, a folder of data files, or a dataset on the hub; correct dataset, "
                      "dataset_config, split or revision")
 
 

@@ -57,8 +57,8 @@ def find_inputs(settings: CorpusFile, config: str | os.PathLike[str]) -> list[In
             continue
         paths, more = _expanded(source.paths, where)
         formats = {path: _format_of(path, source) for path in paths}
-        more += [f"{where}.paths: '{path}' has an unknown suffix; it must end in {', '.join(_FORMATS)}, text formats with or "
-                 "without .gz or .zst; name its format" for path in paths if not formats[path]]
+        more += [f"{where}.paths: '{path}' has an unknown suffix; it must end in {', '.join(_FORMATS)}, text formats with "
+                 "or without .gz or .zst; name its format" for path in paths if not formats[path]]
         faults += more
         texts = tuple(path for path in paths if formats[path] == "txt" and source.document == "file")
         inputs += [Input(number, path, formats[path], (path,)) for path in paths if path not in texts]
@@ -85,7 +85,9 @@ def _expanded(patterns: Sequence[str], where: str) -> tuple[list[str], list[str]
     for number, pattern in enumerate(patterns):
         key = f"{where}.paths[{number}]"
         is_pattern = glob.has_magic(pattern) and not os.path.exists(pattern)
-        found = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)] if is_pattern else [pattern]
+        found = [pattern]
+        if is_pattern:
+            found = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
         if not found:
             faults.append(f"{key}: '{pattern}' matches no file; it must match at least one; correct it, or run where "
                           "its folder is")

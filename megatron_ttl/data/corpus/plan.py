@@ -76,7 +76,8 @@ def make_plan(config: str | os.PathLike[str]) -> Plan:
         except UserError as error:
             faults += error.faults
     raise_faults(ConfigError, faults)
-    return Plan(Path(config), settings, inputs, {number: _state_of(settings, number) for number in range(len(settings.source))})
+    states = {number: _state_of(settings, number) for number in range(len(settings.source))}
+    return Plan(Path(config), settings, inputs, states)
 
 
 def versions() -> dict[str, str]:

@@ -24,8 +24,8 @@ from megatron_ttl.data.corpus.document import Document
 _ROOTS = ("meta", "notes")
 _PLAIN = ("license", "file", "source")
 _KEY = r'(?:[\w-]+|"(?:[^"\\]|\\.)*")'
-_PREDICATE = re.compile(rf"\s*(?P<field>[\w-]+(?:\.{_KEY})*)\s*(?P<operator>==|!=|<=|>=|<|>|\bin\b|\bexists\b)\s*(?P<value>.*)",
-                        re.DOTALL)
+_PREDICATE = re.compile(rf"\s*(?P<field>[\w-]+(?:\.{_KEY})*)\s*(?P<operator>==|!=|<=|>=|<|>|\bin\b|\bexists\b)\s*"
+                        r"(?P<value>.*)", re.DOTALL)
 _ORDERS: dict[str, Callable[[Any, Any], bool]] = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _ABSENT = object()
 

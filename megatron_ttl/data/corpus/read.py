@@ -120,8 +120,8 @@ def _paragraphs(wanted: Input) -> Iterator[Block]:
                 began = (row.position, row.byte)
             paragraph.append(row.payload)
             if row.byte - began[1] > LONGEST_LINE:
-                raise DataError(f"{wanted.name}:{began[0]}: is a paragraph of more than {LONGEST_LINE >> 20} MiB; a document "
-                                'must be shorter; split it, or set document = "line"')
+                raise DataError(f"{wanted.name}:{began[0]}: is a paragraph of more than {LONGEST_LINE >> 20} MiB; a "
+                                'document must be shorter; split it, or set document = "line"')
         yield Block(rows, block.input_bytes)
     if paragraph:
         yield Block([Row(wanted.name, *began, b"".join(paragraph))], wanted.size_bytes)
@@ -200,7 +200,8 @@ def _header(names: list[str], wanted: Input, source: SourceSettings) -> list[str
     """Check the first row of a table."""
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"{wanted.name}:1: names the column '{twice[0]}' twice; a name must stand for one column; rename one")
+        raise DataError(f"{wanted.name}:1: names the column '{twice[0]}' twice; a name must stand for one column; "
+                        "rename one")
     _require_columns(names, wanted, source)
     return names
 

@@ -54,8 +54,9 @@ def to_document(row: Row, source: SourceSettings, is_text: bool) -> Document | B
     except RecursionError:
         return BadLine(f"nested more than {_DEEPEST} deep")
     licence = record.get(source.license_key) if source.license_key else None
-    return Document(text, source.name, _plain(licence, 0) if isinstance(licence, str) and licence.strip() else source.license,
-                    row.file, row.position, meta)
+    if not isinstance(licence, str) or not licence.strip():
+        licence = source.license
+    return Document(text, source.name, _plain(licence, 0), row.file, row.position, meta)
 
 
 def joined_text(record: Mapping[str, Any], keys: tuple[str, ...]) -> str | BadLine:

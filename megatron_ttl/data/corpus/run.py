@@ -99,8 +99,9 @@ def _finished(plan: Plan, overwrite: bool) -> dict[str, Any] | None:
                for entry in manifest["files"]):
             return manifest
     if not overwrite:
-        raise ConfigError(f"{plan.config}: corpus.output: '{plan.output}' holds a corpus of other settings or inputs, or one "
-                          "that was changed; a corpus is not overwritten unasked; choose another folder, or give --overwrite")
+        raise ConfigError(f"{plan.config}: corpus.output: '{plan.output}' holds a corpus of other settings or inputs, or "
+                          "one that was changed; a corpus is not overwritten unasked; choose another folder, or give "
+                          "--overwrite")
     return None
 
 
@@ -144,8 +145,8 @@ def _locked(output: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"corpus.output: '{output}' is in use by another run; it must have one at a time; wait for it, "
-                              "or choose another folder") from None
+            raise ConfigError(f"corpus.output: '{output}' is in use by another run; it must have one at a time; wait for "
+                              "it, or choose another folder") from None
         except OSError:  # a file system without locks: nobody keeps a second run out
             pass
         yield

@@ -46,7 +46,7 @@ class Tally:
     read: Amount = field(default_factory=Amount)
     kept: Amount = field(default_factory=Amount)
     lost: dict[str, Amount] = field(default_factory=dict)
-    """By rule, in the order of the stages when merged in the order of the units."""
+    """By rule."""
     stage: dict[str, int] = field(default_factory=dict)
     """Number of the stage of each rule."""
     changed: dict[str, Amount] = field(default_factory=dict)
@@ -62,6 +62,10 @@ class Tally:
     def change(self, step: str, bytes_: int, tokens: int) -> None:
         """Count one changed document and what went."""
         self.changed.setdefault(step, Amount()).add(1, bytes_, tokens)
+
+    def rules(self) -> list[str]:
+        """Return the rules that dropped something, in the order of their stages."""
+        return sorted(self.lost, key=lambda rule: (self.stage[rule], rule))
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""

@@ -10,14 +10,14 @@ from typing import Any
 
 GOOD_DOCUMENTS = 40
 SHORT = "Uma frase só não enche uma página, e por isso não fica."
-SPANISH = ("El viejo pescador salió de su casa muy temprano, cuando todavía estaba oscuro, y caminó despacio hasta la orilla. "
-           "Allí dejó las redes en el suelo, miró hacia el horizonte y esperó a que saliera el sol. Nadie en el pueblo sabía "
-           "por qué lo hacía, pero todos le tenían mucho cariño. Después volvía a la plaza, tomaba un café con los vecinos y "
-           "hablaba de los años en que todavía había peces grandes en la bahía y los niños corrían por los muelles.")
+SPANISH = ("El viejo pescador salió de su casa muy temprano, cuando todavía estaba oscuro, y caminó despacio hasta la "
+           "orilla. Allí dejó las redes en el suelo, miró hacia el horizonte y esperó a que saliera el sol. Nadie en el "
+           "pueblo sabía por qué lo hacía, pero todos le tenían mucho cariño. Después volvía a la plaza, tomaba un café con "
+           "los vecinos y hablaba de los años en que todavía había peces grandes en la bahía y los niños corrían por los muelles.")
 REPEATED = "A casa da colina tem uma porta azul e duas janelas. " * 12
-BROKEN_LETTERS = ("A padaria da esquina abre Ã s seis da manhÃ£ e o cheiro do pÃ£o chega Ã  praÃ§a antes do sol. Dona LÃºcia "
-                  "conhece cada freguÃªs pelo nome, guarda o troco de quem esqueceu a carteira e conta histÃ³rias do tempo em "
-                  "que a rua era de terra. Quando chove, os meninos ficam sob o toldo e ela reparte uma broa entre todos, "
+BROKEN_LETTERS = ("A padaria da esquina abre Ã s seis da manhÃ£ e o cheiro do pÃ£o chega Ã  praÃ§a antes do sol. Dona "
+                  "LÃºcia conhece cada freguÃªs pelo nome, guarda o troco de quem esqueceu a carteira e conta histÃ³rias do "
+                  "tempo em que a rua era de terra. Quando chove, os meninos ficam sob o toldo e ela reparte uma broa entre todos, "
                   "sem perguntar quem vai pagar a conta no fim do mÃªs.")
 QUESTION = ("Por que o velho moleiro de Pedra Miúda trocou as três mós de granito do moinho antes da cheia que levou a "
             "ponte nova da vila?")
@@ -26,8 +26,8 @@ CONTAMINATED = ("Na prova de ontem caiu uma pergunta que ninguém soube responde
                 "arrancado do exemplar da biblioteca muito antes de o ano começar, e até a diretora foi conferir.")
 ANGRY = ("O vizinho gritou PALAVRÃO da janela e voltou a fechar a cortina com força. Na calçada, duas senhoras pararam, "
          "olharam para cima e continuaram a conversa sobre o preço do feijão, como se nada tivesse acontecido naquela manhã "
-         "de quarta-feira. O carteiro, que passava com a bolsa cheia de contas, riu baixinho e anotou mais uma história para "
-         "contar em casa na hora do jantar.")
+         "de quarta-feira. O carteiro, que passava com a bolsa cheia de contas, riu baixinho e anotou mais uma história "
+         "para contar em casa na hora do jantar.")
 BAD_LINES = (b'{"text": "cortad\n', b'{"texto": "outra chave"}\n', b'{"text": "a\xff"}\n')
 
 
@@ -35,9 +35,10 @@ def good_texts(repository: Path, count: int = GOOD_DOCUMENTS) -> list[str]:
     """Return texts of the sample corpus that no filter drops."""
     lines = (repository / "examples/sample_corpus/documents.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    texts = [record["text"] for record in records if record["genre"] in ("tale", "news", "encyclopaedia", "opinion", "science")]
-    assert len(texts) >= 20
-    return (texts + [record["text"] for record in records if record["genre"] in ("letter", "school", "notice", "sport")])[:count]
+    genres = ("tale", "news", "encyclopaedia", "opinion", "science"), ("letter", "school", "notice", "sport")
+    texts = [record["text"] for group in genres for record in records if record["genre"] in group]
+    assert len(texts) >= count
+    return texts[:count]
 
 
 def plant(folder: Path, repository: Path, tables: str = "", corpus: str = "", name: str = "corpus.toml") -> Path:
@@ -52,7 +53,8 @@ def plant(folder: Path, repository: Path, tables: str = "", corpus: str = "", na
             line(good[0], {"set": "Github"}), line(good[1]), line(good[2].replace(".", "!", 1), {"set": "web"})]
     (data / "web-0.jsonl").write_bytes(b"".join(web[:30]))
     (data / "web-1.jsonl.gz").write_bytes(gzip.compress(b"".join(web[30:]), mtime=0))
-    chat = [{"instruction": "Diga uma cor.", "output": "Azul."}, {"instruction": "Conte até três.", "output": "Um, dois, três."},
+    chat = [{"instruction": "Diga uma cor.", "output": "Azul."},
+            {"instruction": "Conte até três.", "output": "Um, dois, três."},
             {"instruction": "Diga uma cor.", "output": "Azul."}]
     (data / "chat.jsonl").write_bytes(b"".join(json.dumps(record).encode() + b"\n" for record in chat))
     (data / "pack.jsonl").write_text(json.dumps({"question": QUESTION}) + "\n", encoding="utf-8")

@@ -20,8 +20,8 @@ TRUE = ['meta.set == "Github"', 'meta.set=="Github"', 'meta.set != "Web"', "meta
 FALSE = ['meta.set == "github"', 'meta.set != "Github"', "meta.stars > 3", "meta.ok == 1", "meta.stars == true",
          'meta.text3 == 3', 'meta.set in ["Web"]', "meta.stars in [true, \"3\"]", "meta.other exists", "meta.a.x exists",
          'meta.tags == "x"', "notes.toxicity >= 0.5"]
-UNKNOWN = ["meta.other == 1", "meta.other != 1", "meta.set.deeper == 1", "notes.paragraphs > 1", "meta.set < 3", "meta.stars < \"3\"",
-           "meta.tags > 1", "meta.ok < 2", "meta.none < 2", "meta.other in [1]"]
+UNKNOWN = ["meta.other == 1", "meta.other != 1", "meta.set.deeper == 1", "notes.paragraphs > 1", "meta.set < 3",
+           "meta.stars < \"3\"", "meta.tags > 1", "meta.ok < 2", "meta.none < 2", "meta.other in [1]"]
 
 
 @pytest.mark.parametrize(("texts", "holds"), [(TRUE, True), (FALSE, False), (UNKNOWN, None)])
@@ -33,11 +33,15 @@ REFUSED = {
     'meta.set = "x"': "must be a field, an operator and a value", "": "must be a field, an operator and a value",
     "meta.set": "must be a field", "meta. == 3": "must be a field", "set == 3": "is about `set`; must be about meta.<key>",
     "meta == 3": "is about `meta`", "license.x == 3": "is about `license.x`", "text == \"a\"": "is about `text`",
-    "meta.x == 'a'": "must have a number, true, false, null, or a text in double quotes", "meta.x == Github": "quote it as JSON",
+    "meta.x == 'a'": "must have a number, true, false, null, or a text in double quotes",
+    "meta.x == Github": "quote it as JSON",
     "meta.x ==": "has the value ``", "meta.x == 3 or meta.y == 2": "has the value `3 or meta.y == 2`",
-    "meta.x in 3": "must have a list after in", "meta.x in []": "must have a list after in", "meta.x == [1]": "must have plain values",
-    "meta.x in [[1]]": "must have plain values", "meta.x exists 3": "must end there", "meta.x < true": "must be a number or a text",
-    "meta.x < null": "use == or !=", "__import__('os') == 1": "must be a field", "meta.x == __import__('os')": "has the value",
+    "meta.x in 3": "must have a list after in", "meta.x in []": "must have a list after in",
+    "meta.x == [1]": "must have plain values",
+    "meta.x in [[1]]": "must have plain values", "meta.x exists 3": "must end there",
+    "meta.x < true": "must be a number or a text",
+    "meta.x < null": "use == or !=", "__import__('os') == 1": "must be a field",
+    "meta.x == __import__('os')": "has the value",
 }
 
 

@@ -23,18 +23,23 @@ def write(folder: Path, text: str) -> Path:
 
 
 FAULTS = {
-    "unknown key": (GOOD.replace("output", "outptu"), r"corpus.toml: corpus.outptu: is not a key .*did you mean 'corpus.output'"),
+    "unknown key": (GOOD.replace("output", "outptu"),
+        r"corpus.toml: corpus.outptu: is not a key .*did you mean 'corpus.output'"),
     "unknown table": (GOOD + "[filter]\nx = 1\n", r"filter: is not a key .*did you mean 'filters'"),
     "unknown key of a source": (GOOD + 'path = ["x"]\n', r"source\[0\].path: .*did you mean 'source\[\].paths'"),
-    "unknown key far from all": (GOOD + "zzzzzzzz = 1\n", r"source\[0\].zzzzzzzz: is not a key of the corpus file; must be one of name"),
+    "unknown key far from all": (GOOD + "zzzzzzzz = 1\n",
+        r"source\[0\].zzzzzzzz: is not a key of the corpus file; must be one of name"),
     "key of a stage": (GOOD + "[dedup]\nneer = true\n", r"dedup.neer: .*did you mean 'dedup.near'"),
     "key of a filter": (GOOD + "[filters.gopher]\nmin_word = 3\n", r"filters.gopher.min_word: .*did you mean"),
-    "wrong type": (GOOD.replace('"out"', '"out"\nshard_megabytes = "256"'), "corpus.shard_megabytes: is \"256\"; must be a whole number"),
-    "out of bounds": (GOOD.replace('"out"', '"out"\nmax_bad_fraction = 2.0'), "corpus.max_bad_fraction: is 2.0; must be a number >= 0"),
+    "wrong type": (GOOD.replace('"out"', '"out"\nshard_megabytes = "256"'),
+        "corpus.shard_megabytes: is \"256\"; must be a whole number"),
+    "out of bounds": (GOOD.replace('"out"', '"out"\nmax_bad_fraction = 2.0'),
+        "corpus.max_bad_fraction: is 2.0; must be a number >= 0"),
     "missing": ('[corpus]\noutput = "x"\n', r"source: is missing; must be a list of tables"),
     "no licence": (GOOD.replace('license = "CC0"\n', ""), r"source\[0\].license: is missing; must be a text in quotes"),
     "name": (GOOD.replace('"a"', '"a b"'), r'source\[0\].name: is "a b"; must be of letters, digits, _, - and dots'),
-    "name twice": (GOOD + GOOD.partition("\n[[")[2].join(["[[", ""]), r'source\[1\].name: is "a", as that of source\[0\]; must be another'),
+    "name twice": (GOOD + GOOD.partition("\n[[")[2].join(["[[", ""]),
+        r'source\[1\].name: is "a", as that of source\[0\]; must be another'),
     "nothing to read": (GOOD.replace("paths", "join_keys"), r"source\[0\].paths: is missing; must name files, or `dataset`"),
     "both": (GOOD + 'dataset = "x"\n', r"source\[0\].paths: stands beside dataset; must be one of the two"),
     "for datasets": (GOOD + 'revision = "x"\n', r"source\[0\].revision: is for a dataset; must stand beside `dataset`"),
@@ -44,15 +49,22 @@ FAULTS = {
                   r"source\[0\].drop_where\[1\]: is `meta.x = 3`; must be a field, an operator"),
     "toml": (GOOD + "x = \n", r"corpus.toml:7:5: .*; the corpus file must be TOML"),
     "empty": ("", r"corpus.toml: is empty; it must be a corpus file in TOML"),
-    "no such file": (GOOD.replace("{}", "nichts.jsonl"), r"source\[0\].paths\[0\]: 'nichts.jsonl' does not exist; it must be a file, or a p"),
-    "no match": (GOOD.replace("{}", "nichts-*.jsonl"), r"source\[0\].paths\[0\]: 'nichts-\*.jsonl' matches no file; it must match at least"),
+    "no such file": (GOOD.replace("{}", "nichts.jsonl"),
+        r"source\[0\].paths\[0\]: 'nichts.jsonl' does not exist; it must be a file, or a p"),
+    "no match": (GOOD.replace("{}", "nichts-*.jsonl"),
+        r"source\[0\].paths\[0\]: 'nichts-\*.jsonl' matches no file; it must match at least"),
     "a folder": (GOOD.replace("{}", "/tmp"), r"source\[0\].paths\[0\]: '/tmp' is not a file; .* write '/tmp/\*.jsonl'"),
-    "given twice": (GOOD.replace('"{}"', '"{}", "{}"'), r"source\[0\].paths\[1\]: '.*a.jsonl' is given twice; every input is read once"),
-    "suffix": (GOOD.replace("{}", "/proc/version"), r"source\[0\].paths: '/proc/version' has an unknown suffix; it must end in .jsonl"),
-    "prefer": (GOOD + '[dedup]\nprefer = ["b"]\n', r'dedup.prefer\[0\]: is "b"; must be the name of a source; did you mean .a.'),
-    "rule between keys": (GOOD + '[dedup]\nmin_words = 2\n', r"corpus.toml: dedup.min_words: is 2; it must be at least shingle_words"),
+    "given twice": (GOOD.replace('"{}"', '"{}", "{}"'),
+        r"source\[0\].paths\[1\]: '.*a.jsonl' is given twice; every input is read once"),
+    "suffix": (GOOD.replace("{}", "/proc/version"),
+        r"source\[0\].paths: '/proc/version' has an unknown suffix; it must end in .jsonl"),
+    "prefer": (GOOD + '[dedup]\nprefer = ["b"]\n',
+        r'dedup.prefer\[0\]: is "b"; must be the name of a source; did you mean .a.'),
+    "rule between keys": (GOOD + '[dedup]\nmin_words = 2\n',
+        r"corpus.toml: dedup.min_words: is 2; it must be at least shingle_words"),
     "preset": (GOOD + '[filters]\npreset = "ptt"\n', r'filters.preset: is "ptt"; must be one of'),
-    "pack": (GOOD + '[[decontamination.packs]]\nname = "x"\npath = "nichts.jsonl"\nkeys = ["q"]\n', "nichts.jsonl: does not exist"),
+    "pack": (GOOD + '[[decontamination.packs]]\nname = "x"\npath = "nichts.jsonl"\nkeys = ["q"]\n',
+        "nichts.jsonl: does not exist"),
     "model": (GOOD + '[toxicity]\nmodel = "nichts"\n', "nichts"),
     "tokenizer": (GOOD.replace('"out"', '"out"\ntokenizer = "nichts"'), "nichts"),
 }
@@ -75,7 +87,8 @@ def test_all_faults_at_once(tmp_path):
     assert {re.sub(r"^.*toml: (\S+):.*", r"\1", fault) for fault in caught.value.faults} == {
         "corpus.outptu", "source[1].license", "dedup.neer", "dedup.rows"}
     with pytest.raises(ConfigError) as caught:
-        make_plan(write(tmp_path, GOOD.replace("{}", "x.jsonl") + '[[source]]\nname = "b"\nlicense = "x"\npaths = ["y/*", "/tmp"]\n'))
+        more = '[[source]]\nname = "b"\nlicense = "x"\npaths = ["y/*", "/tmp"]\n'
+        make_plan(write(tmp_path, GOOD.replace("{}", "x.jsonl") + more))
     assert len(caught.value.faults) == 3
 
 

@@ -69,8 +69,8 @@ def killed_and_started_again(config: Path, expected: dict[str, bytes], points: l
     """Kill the first run at the first point, the next one at the second, and so on; then let one end."""
     for point in points:
         in_fork_killed_at(point, config)
-        assert ("corpus.json" in os.listdir(config.parent / "out")) <= (planted.contents(config.parent / "out").items()
-                                                                       >= expected.items()), "complete, or without its manifest"
+        left = planted.contents(config.parent / "out")
+        assert "corpus.json" not in left or left.items() >= expected.items(), "complete, or without its manifest"
     prepare(make_plan(config))
     assert planted.contents(config.parent / "out") == expected
 
@@ -94,8 +94,8 @@ def test_killed_at_a_hundred_points_and_started_again_it_gives_the_same_bytes(wh
 
 
 def started(config: Path, repository: Path, workers: int = 2) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, str(repository / "tools/prepare_corpus.py"), "--config", str(config), "--workers",
-                             str(workers)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    return subprocess.Popen([sys.executable, str(repository / "tools/prepare_corpus.py"), "--config", str(config),
+                             "--workers", str(workers)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                             env={**os.environ, "PYTHONPATH": str(repository)})
 
 
@@ -141,7 +141,7 @@ def test_killed_with_its_workers_at_work_it_goes_on(tmp_path, repository):
     prepare(make_plan(config))
     expected = planted.contents(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "undisturbed")
-    for count in (1, 3, 6):
+    for count in (1, 5):
         process = started(config, repository)
         after_units(config, count, process)
         workers = spawned_workers(process.pid)
@@ -165,5 +165,6 @@ def test_a_worker_that_dies_is_an_error_within_five_seconds(tmp_path, repository
     since = time.monotonic()
     _, said = process.communicate(timeout=30)
     assert process.returncode == 2 and time.monotonic() - since < 5
-    assert "error: a worker process died; the system may have stopped it for want of memory" in said and "Traceback" not in said
+    assert "error: a worker process died; the system may have stopped it for want of memory" in said
+    assert "Traceback" not in said
     prepare(make_plan(config), workers=2)
