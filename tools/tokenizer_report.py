@@ -9,8 +9,8 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizers", nargs="+", required=True, metavar="[NAME=]PATH",
-                        help="a SentencePiece .model, a tokenizer.json, a WordPiece .txt, encoder.json+vocab.bpe, or a folder "
-                             "with one of these; the others are compared with the first")
+                        help="a SentencePiece .model, a tokenizer.json, a WordPiece .txt, encoder.json+vocab.bpe, or a "
+                             "folder with one of these; the others are compared with the first")
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE",
                         help="plain .txt files, or .jsonl files of documents")
     parser.add_argument("--text-key", default="text", help="key of the text in each object (text)")

@@ -67,8 +67,9 @@ class Sample:
 def train_tokenizer(
     texts: Iterable[str], output: str | os.PathLike[str], vocab_size: int = 32_000, *,
     normalization: Literal["identity", "nfkc"] = "identity", character_coverage: float = 0.99995,
-    digits: Literal["split", "whole"] = "split", max_documents: int | None = None, max_bytes: int | None = None, seed: int = 0,
-    inputs: Sequence[dict[str, Any]] = (), on_sample: Callable[[Sample, int], None] | None = None, overwrite: bool = False,
+    digits: Literal["split", "whole"] = "split", max_documents: int | None = None, max_bytes: int | None = None,
+    seed: int = 0, inputs: Sequence[dict[str, Any]] = (), on_sample: Callable[[Sample, int], None] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train a tokenizer on documents and write its folder; the same input gives the same bytes.
 
@@ -117,8 +118,9 @@ def train_tokenizer(
         "versions": {"megatron_ttl": __version__, "sentencepiece": sentencepiece.__version__},
     }
     write_folder(output, model, record)
-    return {"output": str(output), "vocab_size": vocab_size, **used, "checksum": record["checksum"], "memory_estimate_bytes": needed,
-            "read_s": round(read_s, 2), "train_s": round(time.monotonic() - started - read_s, 2)}
+    return {"output": str(output), "vocab_size": vocab_size, **used, "checksum": record["checksum"],
+            "memory_estimate_bytes": needed, "read_s": round(read_s, 2),
+            "train_s": round(time.monotonic() - started - read_s, 2)}
 
 
 def _setting_faults(output: Path, vocab_size: int, character_coverage: float, max_documents: int | None,

@@ -43,7 +43,8 @@ def places(tmp_path_factory) -> dict[str, str]:
     pair.train_from_iterator(learnt, trainers.BpeTrainer(vocab_size=330, show_progress=False,
                                                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     pair.model.save(str(folder))
-    pieces = sorted({"[UNK]", "a", "pon", "##te", "prom", "##essa", "rio", *",.;:()!-"} | {word for word in WORDS if len(word) < 6})
+    short = {word for word in WORDS if len(word) < 6}
+    pieces = sorted({"[UNK]", "a", "pon", "##te", "prom", "##essa", "rio", *",.;:()!-"} | short)
     (folder / "cased_vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
     vocabulary = {piece: number for number, piece in enumerate(
         ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdefghijklmnopqrstuvz", "\u2581r", "io"])}
@@ -161,7 +162,8 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, places):
     for place in (*list(spoiled)[:6], "a.json", "a.json+merges.txt", "b.json+merges.txt", "c.json+none.bpe"):
         with pytest.raises(DataError, match=r"is no tokenizer \(.*; give a .model"):
             open_foreign("+".join(str(tmp_path / part) for part in place.split("+")))
-    for place, said in (("d.bin", "has an unknown suffix"), ("folder", "holds no tokenizer"), ("missing.json", "is no file")):
+    wrong = {"d.bin": "has an unknown suffix", "folder": "holds no tokenizer", "missing.json": "is no file"}
+    for place, said in wrong.items():
         with pytest.raises(DataError, match=f"{place}: {said}"):
             open_foreign(str(tmp_path / place))
     with pytest.raises(DataError, match="names 3 files"):
@@ -176,7 +178,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, places):
 def test_a_damaged_file_is_a_tokenizer_or_a_sentence(places, tmp_path):
     draw = random.Random(0)
     for kind in ("tokenizer.json", "SentencePiece"):
-        whole = Path(places[kind], "tokenizer.model").read_bytes() if kind == "SentencePiece" else Path(places[kind]).read_bytes()
+        whole = Path(places[kind], "tokenizer.model" if kind == "SentencePiece" else "").read_bytes()
         path = tmp_path / ("a.model" if kind == "SentencePiece" else "a.json")
         for _ in range(100):
             place = draw.randrange(len(whole))
@@ -228,6 +230,7 @@ def test_a_tokenizer_of_ours_beats_bertimbau_on_documents_that_it_has_not_seen(s
     documents = [text for path in paths for _, text in read_sourced_texts([path])]
     held_out = [text for text in documents if xxhash.xxh3_64_intdigest(text.encode(), 99) < 2**64 // 10]
     train_tokenizer(sorted(set(documents) - set(held_out)), tmp_path / "ours", digits="whole")
-    made = [open_foreign(f"BERTimbau={shared_data / 'tokenizers' / 'bertimbau_vocab.txt'}"), open_foreign(str(tmp_path / "ours"))]
+    places = (f"BERTimbau={shared_data / 'tokenizers' / 'bertimbau_vocab.txt'}", str(tmp_path / "ours"))
+    made = [open_foreign(place) for place in places]
     bertimbau, ours = compare_tokenizers(made, [("held out", text) for text in held_out])["rows"]
     assert ours["versus_first"] < -0.05 and ours["unknown_share"] == 0 < bertimbau["unknown_share"]

@@ -4,7 +4,7 @@ A text is cut into words; the n-grams of a word do not depend on its neighbours,
 computed once and remembered. That is what makes it quick: language repeats its words.
 
 The score is a mean over n-grams, and so does not grow with the length of a text: a sum over their root was no better
-on short comments, and called half of an encyclopedia toxic. A long document is scored in windows of about 1,000
+on short comments, and called most of an encyclopedia toxic. A long document is scored in windows of about 1,000
 characters that overlap by half, and has the score of its worst one: a page of abuse in a clean book is found, which a
 mean over the book would hide. One insult in a clean page is not.
 """

@@ -15,7 +15,9 @@ import numpy as np
 import xxhash
 
 from megatron_ttl import __version__
-from megatron_ttl.data.corpus.toxicity import Calibration, Threshold, ToxicityClassifier, ngram_hasher, save_classifier, words_of
+from megatron_ttl.data.corpus.toxicity import (
+    Calibration, Threshold, ToxicityClassifier, ngram_hasher, save_classifier, words_of,
+)
 from megatron_ttl.data.documents import input_faults
 from megatron_ttl.data.strict_records import read_records
 from megatron_ttl.errors import ConfigError, DataError, raise_faults

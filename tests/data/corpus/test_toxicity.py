@@ -17,13 +17,14 @@ from megatron_ttl.data.corpus import toxicity, toxicity_training
 from megatron_ttl.data.corpus.document import Document
 from megatron_ttl.data.corpus.toxicity import FEATURES, NGRAMS, ToxicityClassifier, read_record, toxicity_step
 from megatron_ttl.data.corpus.toxicity_training import (
-    DIALECT_WARNING, LabelNames, choose_threshold, fit_sigmoid, measure, read_labelled, split, threshold_table, train_toxicity,
+    DIALECT_WARNING, LabelNames, choose_threshold, fit_sigmoid, measure, read_labelled, split, threshold_table,
+    train_toxicity,
 )
 from megatron_ttl.errors import ConfigError, DataError
 
-SUBJECTS = "o vizinho|a professora|esse político|o time|a cantora|meu chefe|o motorista|aquela loja|o juiz|a prefeita".split("|")
+SUBJECTS = "o vizinho|a professora|esse político|o time|a cantora|meu chefe|o motorista|aquela loja|o juiz".split("|")
 PRAISE = "é muito gentil|cozinha bem|trabalha com calma|canta bonito|explica direito|chegou cedo|ajuda todo mundo".split("|")
-INSULTS = "é um idiota|é um lixo nojento|não passa de um imbecil|devia sumir, palhaço|é burro demais|só fala asneira".split("|")
+INSULTS = "é um idiota|é um lixo nojento|não passa de um imbecil|devia sumir, palhaço|só fala asneira".split("|")
 ENDS = "de novo|hoje|na feira|lá em casa|desde março|e pronto|com certeza|no ônibus|outra vez, viu|às quintas".split("|")
 
 
@@ -123,7 +124,8 @@ def test_the_same_input_gives_the_same_bytes_in_any_order(tmp_path, folder):
         train(tmp_path / name, given_rows)
     assert {path.name: path.read_bytes() for path in (tmp_path / "again" / "c").iterdir()} == {
         path.name: path.read_bytes() for path in folder.iterdir()}
-    parts = [split(read_labelled([str(tmp_path / name / "rows.jsonl")], LabelNames())[0], 0) for name in ("again", "shuffled")]
+    parts = [split(read_labelled([str(tmp_path / name / "rows.jsonl")], LabelNames())[0], 0)
+             for name in ("again", "shuffled")]
     for part in toxicity_training.PARTS:
         assert sorted(parts[0][part].texts) == sorted(parts[1][part].texts)
     other = split(read_labelled([str(tmp_path / "again" / "rows.jsonl")], LabelNames())[0], 1)
@@ -139,12 +141,14 @@ def test_a_text_is_in_one_part_once(tmp_path):
     parts = split(labelled, 3)
     assert sum((part.texts for part in parts.values()), []) != labelled.texts
     assert sorted(sum((part.texts for part in parts.values()), [])) == sorted(labelled.texts)
-    assert [round(len(parts[name].texts) / 290, 1) for name in toxicity_training.PARTS] == [0.6, 0.2, 0.2]
+    shares = [len(parts[name].texts) / 290 for name in toxicity_training.PARTS]
+    assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.1)
     truth = {row["text"]: bool(row["label"]) for row in rows}
     assert all(truth[text] == toxic for part in parts.values() for text, toxic in zip(part.texts, part.toxic, strict=True))
 
 
-SCORED = st.lists(st.tuples(st.booleans(), st.sampled_from([round(step / 20, 4) for step in range(21)])), min_size=2, max_size=40)
+SCORES = [round(step / 20, 4) for step in range(21)]
+SCORED = st.lists(st.tuples(st.booleans(), st.sampled_from(SCORES)), min_size=2, max_size=40)
 
 
 @settings(max_examples=150, deadline=None)
@@ -160,7 +164,8 @@ def test_thresholds_agree_with_brute_force(rows, wanted):
     for row in threshold_table(toxic, scores):
         precision, recall = precision_and_recall(row["threshold"])
         assert row["flagged"] == sum(score >= row["threshold"] for _, score in rows)
-        assert (row["precision"], row["recall"]) == (precision if precision is None else round(precision, 4), round(recall, 4))
+        assert row["precision"] == (None if precision is None else round(precision, 4))
+        assert row["recall"] == round(recall, 4)
     precise = [score for score in sorted(set(scores)) if precision_and_recall(score)[0] >= wanted]
     if precise:
         found = choose_threshold(toxic, scores, wanted, None)
