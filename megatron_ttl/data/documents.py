@@ -1,4 +1,4 @@
-"""Read documents from `.jsonl` and `.jsonl.gz` files: one JSON object per line, its text under one key.
+"""Read documents from `.jsonl`, `.jsonl.gz` and `.jsonl.zst` files: one JSON object per line, its text under one key.
 
 A line that holds no document becomes a `BadLine` with its reason; a file that cannot be read to its end is an
 error, for nobody knows what is missing.
@@ -11,12 +11,13 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_ttl.data.zstd_file import ZSTD_MAGIC, ZstdDamaged, ZstdLines
 from megatron_ttl.errors import DataError, raise_faults
 
 LONGEST_LINE = 64 << 20
@@ -24,6 +25,7 @@ LONGEST_LINE = 64 << 20
 _MOST_LINES = 20_000  # in a chunk: that a file is hopeless is seen between chunks
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
 _GZIP_MAGIC = b"\x1f\x8b"
+_ZSTD_MAGICS = (ZSTD_MAGIC, *(bytes([0x50 + number]) + b"\x2a\x4d\x18" for number in range(16)))  # or a frame to skip
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _from_json = json.JSONDecoder().decode  # `json.loads` looks at seven arguments first, which a short line feels
@@ -62,12 +64,12 @@ def input_faults(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
         if not path.exists():
             faults.append(f"{path}: does not exist; it must be a file of documents; {cure}")
             continue
-        plain = path.name.lower().removesuffix(".gz")
+        plain = without_packing(path.name.lower())
         if not path.is_file():
             faults.append(f"{path}: is not a file; it must be a file of documents; {cure}")
         elif not plain.endswith(_SUFFIXES):
             faults.append(f"{path}: has an unknown suffix; it must end in {', '.join(_SUFFIXES)}, with or "
-                          "without .gz; convert or rename it")
+                          "without .gz or .zst; convert or rename it")
         elif not os.access(path, os.R_OK):
             faults.append(f"{path}: cannot be read; it must be readable by you; change its permissions")
         if path.resolve() in seen:
@@ -75,8 +77,13 @@ def input_faults(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
                           "larger weight in training")
         seen.add(path.resolve())
     if not paths:
-        faults.append("--input: is empty; it must name at least one file; give .jsonl or .jsonl.gz files")
+        faults.append("--input: is empty; it must name at least one file; give .jsonl, .jsonl.gz or .jsonl.zst files")
     return faults
+
+
+def without_packing(name: str) -> str:
+    """Return a name without the suffix that says how the file is packed."""
+    return name.removesuffix(".gz") if name.endswith(".gz") else name.removesuffix(".zst")
 
 
 def read_chunks(path: str | os.PathLike[str], chunk_bytes: int = 1 << 20, file: int = 0) -> Iterator[Chunk]:
@@ -92,13 +99,14 @@ def read_chunks(path: str | os.PathLike[str], chunk_bytes: int = 1 << 20, file: 
     done, place = 0, 0  # lines and bytes of the chunks so far
     try:
         with open(path, "rb") as packed:
-            head = packed.read(3)
+            head = packed.read(4)
             packed.seek(0)
             if head[:2] in _UTF16_BOMS:
                 raise DataError(f"{path}:1:0: is UTF-16; it must be UTF-8; convert it")
-            if path.name.lower().endswith(".gz") and head and not head.startswith(_GZIP_MAGIC):
-                raise DataError(f"{path}:1:0: is named .gz and is not packed with gzip; its name must say what "
-                                "it is; rename or pack it")
+            for suffix, magic, packer in ((".gz", _GZIP_MAGIC, "gzip"), (".zst", _ZSTD_MAGICS, "zstd")):
+                if path.name.lower().endswith(suffix) and head and not head.startswith(magic):
+                    raise DataError(f"{path}:1:0: is named {suffix} and is not packed with {packer}; its name must say "
+                                    "what it is; rename or pack it")
             for chunk in _chunks_of(_unpacked(packed, head), packed, chunk_bytes, file):
                 yield chunk
                 done, place = done + len(chunk.lines), chunk.first_byte + sum(map(len, chunk.lines))
@@ -124,6 +132,8 @@ def _unpacked(packed: BinaryIO, head: bytes) -> BinaryIO:
     if head.startswith(_GZIP_MAGIC):
         # No BufferedReader around it: it would lose the lines before the place where a damaged file breaks.
         return gzip.GzipFile(fileobj=packed, mode="rb")  # type: ignore[return-value]
+    if head.startswith(_ZSTD_MAGICS):
+        return ZstdLines(packed)  # type: ignore[return-value]
     return packed
 
 
@@ -142,7 +152,7 @@ def _chunks_of(handle: BinaryIO, packed: BinaryIO, chunk_bytes: int, file: int) 
                 number, start, size, lines = number + len(lines), start + size, 0, []
     except EOFError:
         raise _Broken(number + len(lines), start + size, "the packed file ends in the middle") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
+    except (gzip.BadGzipFile, zlib.error, ZstdDamaged) as error:
         raise _Broken(number + len(lines), start + size, f"the packed file is damaged ({error})") from None
     if lines:
         yield Chunk(file, number, start, lines, packed.tell())
@@ -154,6 +164,12 @@ def parse_line(line: bytes, text_key: str) -> str | BadLine | None:
     LF or CRLF may end the line, a byte order mark may begin it. NaN and Infinity are let through outside of
     the text, for Python writes them; a NUL in a text is text.
     """
+    record = parse_record(line, (text_key,))
+    return text_of(record, text_key) if isinstance(record, dict) else record
+
+
+def parse_record(line: bytes, text_keys: Sequence[str]) -> dict[str, Any] | BadLine | None:
+    """Return the object of a line, why there is none, or None for a blank line; `text_keys` stand in it once at most."""
     line = line.removeprefix(_UTF8_BOM)
     if not line or line.isspace():
         return None
@@ -165,11 +181,21 @@ def parse_line(line: bytes, text_key: str) -> str | BadLine | None:
         return BadLine("broken JSON")
     if not isinstance(record, dict):
         return BadLine(f"{_KIND[type(record)]} instead of an object")
+    for text_key in text_keys:
+        if not isinstance(record.get(text_key), str):
+            continue
+        if line.count(_key_as_written(text_key)) > 1 and _times_given(line, text_key) > 1 and isinstance(text_of(record, text_key), str):
+            return BadLine(f"the key '{text_key}' is given twice")
+    return record
+
+
+def text_of(record: Mapping[str, Any], text_key: str) -> str | BadLine:
+    """Return the text of a record, or why it has none."""
     if text_key not in record:
         return BadLine(f"no key '{text_key}'")
     text = record[text_key]
     if not isinstance(text, str):
-        return BadLine(f"the text is {_KIND[type(text)]}")
+        return BadLine(f"the text is {_KIND.get(type(text), type(text).__name__)}")
     if not text or text.isspace():
         return BadLine("the text is empty")
     if not text.isascii():
@@ -177,8 +203,6 @@ def parse_line(line: bytes, text_key: str) -> str | BadLine | None:
             text.encode("utf-8")
         except UnicodeEncodeError:
             return BadLine("lone surrogate")
-    if line.count(_key_as_written(text_key)) > 1 and _times_given(line, text_key) > 1:
-        return BadLine(f"the key '{text_key}' is given twice")
     return text
 
 

@@ -7,8 +7,10 @@ import gzip
 import json
 import os
 import random
+import struct
 
 import pytest
+import zstandard
 
 from megatron_ttl.data import documents
 from megatron_ttl.data.documents import LONGEST_LINE, BadLine, DocumentReader, input_faults, parse_line, read_chunks
@@ -119,15 +121,16 @@ def test_the_key_is_a_choice():
         "the key 'conteúdo' is given twice")
 
 
+PACKERS = {".jsonl": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
 LINES = [json.dumps({"text": f"documento {number} " * (number % 9)}).encode() + b"\n" for number in range(1000)]
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 100, 1000, 1 << 20])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_chunks_hold_every_line_and_know_their_place(tmp_path, name, chunk_bytes):
     payload = b"".join(LINES) + b'{"text": "sem fim de linha"}'
     path = tmp_path / name
-    path.write_bytes(gzip.compress(payload) if name.endswith(".gz") else payload)
+    path.write_bytes(PACKERS[path.suffix](payload))
     chunks = list(read_chunks(path, chunk_bytes, file=3))
     assert b"".join(line for chunk in chunks for line in chunk.lines) == payload
     assert sum(len(chunk.lines) for chunk in chunks) == 1001
@@ -146,6 +149,9 @@ def test_a_packed_file_may_have_several_members_and_any_name(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(gzip.compress(LINES[1]) + gzip.compress(LINES[2]))
     assert [chunk.lines for chunk in read_chunks(path)] == [LINES[1:3]]
+    to_skip = struct.pack("<II", 0x184D2A53, 3) + b"abc"
+    path.write_bytes(to_skip + PACKERS[".zst"](LINES[1]) + PACKERS[".zst"](b"") + PACKERS[".zst"](LINES[2]) + to_skip)
+    assert [chunk.lines for chunk in read_chunks(path)] == [LINES[1:3]]
 
 
 def test_an_empty_file_has_no_lines(tmp_path):
@@ -161,14 +167,15 @@ def noise_lines(count: int) -> list[bytes]:
 
 @pytest.mark.parametrize("chunk_bytes", [1000, 1 << 20])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.999])
-def test_a_packed_file_cut_short_is_an_error_with_its_line(tmp_path, share, chunk_bytes):
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_packed_file_cut_short_is_an_error_with_its_line(tmp_path, share, chunk_bytes, suffix):
     lines = noise_lines(20_000)
-    packed = gzip.compress(b"".join(lines))
-    path = tmp_path / "a.jsonl.gz"
+    packed = PACKERS[suffix](b"".join(lines))
+    path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(packed[: int(share * len(packed))])
-    with pytest.raises(DataError, match=r"gz:\d+:\d+: the packed file ends in the middle; it must be whole") as caught:
+    with pytest.raises(DataError, match=r":\d+:\d+: the packed file ends in the middle; it must be whole") as caught:
         list(read_chunks(path, chunk_bytes))
-    line, byte = map(int, str(caught.value).split(".gz:")[1].split(":")[:2])
+    line, byte = map(int, str(caught.value).split(f"{suffix}:")[1].split(":")[:2])
     assert byte == len(b"".join(lines[: line - 1]))
     assert abs(line - share * 20_000) < 0.05 * 20_000, "the line is where the bytes end"
 
@@ -186,7 +193,32 @@ def test_a_damaged_packed_file_is_an_error_with_its_line(tmp_path):
         list(read_chunks(path))
 
 
+def test_a_damaged_zstd_file_is_an_error_with_its_line(tmp_path):
+    packed = bytearray(PACKERS[".zst"](b"".join(noise_lines(20_000))))
+    packed[len(packed) // 2] ^= 255
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packed)
+    with pytest.raises(DataError, match=r"a.jsonl.zst:\d+:\d+: the packed file is damaged \("):
+        list(read_chunks(path, 1000))
+    wide = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28)).compressobj()
+    path.write_bytes(wide.compress(LINES[1]) + wide.flush())
+    with pytest.raises(DataError, match=r"a.jsonl.zst:1:0: the packed file is damaged \(Frame requires too much memory"):
+        list(read_chunks(path))
+
+
+def test_a_zstd_file_that_unpacks_to_a_line_without_end_is_refused_in_bounded_memory(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    packer = zstandard.ZstdCompressor().compressobj()
+    path.write_bytes(b"".join(packer.compress(b"x" * (8 << 20)) for _ in range(20)) + packer.flush())
+    assert path.stat().st_size < 64 << 10
+    with pytest.raises(DataError, match=r"a.jsonl.zst:1:0: is longer than 64 MiB"):
+        list(read_chunks(path))
+
+
 def test_a_file_of_another_kind_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(LINES[1])
+    with pytest.raises(DataError, match="a.jsonl.zst:1:0: is named .zst and is not packed with zstd"):
+        list(read_chunks(tmp_path / "a.jsonl.zst"))
     (tmp_path / "a.jsonl.gz").write_bytes(LINES[1])
     with pytest.raises(DataError, match="a.jsonl.gz:1:0: is named .gz and is not packed with gzip"):
         list(read_chunks(tmp_path / "a.jsonl.gz"))
@@ -235,13 +267,13 @@ def test_all_faults_of_the_inputs_are_named_at_once(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES[1])
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "a.parquet").write_bytes(b"x")
-    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    (tmp_path / "a.jsonl.bz2").write_bytes(b"x")
     paths = [tmp_path / name for name in ("a.jsonl", "none.jsonl", "nor.jsonl.gz", "folder.jsonl", "a.parquet",
-                                          "a.jsonl.zst", "../" + tmp_path.name + "/a.jsonl")]
+                                          "a.jsonl.bz2", "../" + tmp_path.name + "/a.jsonl")]
     said = "\n".join(input_faults(paths))
     for fault in ("none.jsonl: does not exist; it must be a file of documents", "nor.jsonl.gz: does not exist",
                   "folder.jsonl: is not a file", "a.parquet: has an unknown suffix; it must end in .jsonl",
-                  "a.jsonl.zst: has an unknown suffix", "a.jsonl: is given twice"):
+                  "a.jsonl.bz2: has an unknown suffix", "a.jsonl: is given twice"):
         assert fault in said
     assert len(input_faults(paths)) == 6
     assert input_faults([tmp_path / "a.jsonl"]) == []

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import TextIOWrapper
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +19,7 @@ from megatron_ttl.data.corpus.minhash import band_keys, signature_version, signa
 from megatron_ttl.data.corpus.ngrams import content_hash, ngram_hashes, normalise, words_of
 from megatron_ttl.data.corpus.paragraphs import paragraphs_of
 from megatron_ttl.data.corpus.sorted_keys import map_file, sort_entries
+from megatron_ttl.data.zstd_file import zstd_lines
 from megatron_ttl.errors import DataError
 from megatron_ttl.files import atomic_directory, checksum, checksum_bytes, or_disk_error, write_json
 
@@ -38,18 +38,14 @@ def read_shard(path: Path) -> Iterator[tuple[str, str, str]]:
     Raises:
         DataError: zstandard is not installed, or the shard cannot be read to its end.
     """
-    try:
-        import zstandard
-    except ImportError:
-        raise DataError("zstandard is not installed; it is needed for shards; pip install 'megatron_ttl[corpus]'") from None
     line = 0
     try:
-        with open(path, "rb") as packed:
-            unpacked = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-            for line, text in enumerate(TextIOWrapper(unpacked, "utf-8", newline="\n"), 1):
-                record = json.loads(text)
-                yield record["id"], record["source"], record["text"]
-    except (OSError, ValueError, KeyError, TypeError, zstandard.ZstdError) as error:
+        for line, text in enumerate(zstd_lines(path), 1):
+            record = json.loads(text)
+            yield record["id"], record["source"], record["text"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}:{line}: is no document of a clean shard ({type(error).__name__}: {error}); it must be as "
                         "it was written; remove the shard and prepare it again") from None
 

@@ -180,7 +180,7 @@ def test_what_cannot_be_used_is_said(tmp_path):
         find_duplicates([*shards, shards[0], Path("none.zst")], DedupSettings(), tmp_path / "work", 0)
     packed = shards[0].read_bytes()
     shards[0].write_bytes(packed[:-20] + b"x" * 20)
-    with pytest.raises(DataError, match="clean-00000.jsonl.zst:.* is no document of a clean shard"):
+    with pytest.raises(DataError, match="clean-00000.jsonl.zst: is damaged .*; it must be whole"):
         find_duplicates(shards, DedupSettings(), tmp_path / "work", 1)
     for bad, words in (({"min_words": 3}, "must be at least shingle_words"),
                        ({"prefer": ("a", "a")}, "names a source twice"),
