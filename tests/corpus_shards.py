@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import zstandard
-
 from megatron_ttl.data.corpus.document import Document
+from megatron_ttl.data.corpus.shards import write_shard
 
 
 def write_shards(folder: Path, shards: Iterable[Sequence[str | tuple[str, str]]]) -> list[Path]:
@@ -17,14 +15,8 @@ def write_shards(folder: Path, shards: Iterable[Sequence[str | tuple[str, str]]]
     paths = []
     for number, texts in enumerate(shards):
         path = folder / f"clean-{number:05}.jsonl.zst"
-        lines = []
-        for line, item in enumerate(texts, 1):
-            source, text = ("a", item) if isinstance(item, str) else item
-            document = Document(text, source, "CC0", str(number), line)
-            lines.append(json.dumps({
-                "text": text, "id": document.id, "source": source, "license": "CC0", "file": document.file,
-                "position": line, "hash": document.hash, "meta": {}, "notes": {}}, ensure_ascii=False) + "\n")
-        path.write_bytes(zstandard.ZstdCompressor().compress("".join(lines).encode("utf-8")))
+        pairs = [("a", item) if isinstance(item, str) else item for item in texts]
+        write_shard(path, (Document(text, source, "CC0", str(number), line) for line, (source, text) in enumerate(pairs, 1)))
         paths.append(path)
     return paths
 

@@ -6,7 +6,6 @@ A scan is a folder that appears when it is whole. Its name says which settings, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +17,8 @@ from megatron_ttl.data.corpus.dedup_settings import DedupSettings
 from megatron_ttl.data.corpus.minhash import band_keys, signature_version, signatures
 from megatron_ttl.data.corpus.ngrams import content_hash, ngram_hashes, normalise, words_of
 from megatron_ttl.data.corpus.paragraphs import paragraphs_of
+from megatron_ttl.data.corpus.shards import read_shard
 from megatron_ttl.data.corpus.sorted_keys import map_file, sort_entries
-from megatron_ttl.data.zstd_file import zstd_lines
-from megatron_ttl.errors import DataError
 from megatron_ttl.files import atomic_directory, checksum, checksum_bytes, or_disk_error, write_json
 
 _FORMAT = 1  # raised when what a scan holds or how it is computed changes
@@ -30,24 +28,6 @@ _BAND = np.dtype([("key", "<u8"), ("row", "<u4")])
 _PARAGRAPH = np.dtype([("key", "<u8"), ("check", "<u8"), ("row", "<u4"), ("number", "<u4"), ("characters", "<u4")])
 _DOCUMENT = np.dtype([("source", "<u4"), ("paragraphs", "<u4"), ("id_end", "<u8")])
 _PLAIN_FIELDS = ("exact", "near", "bands", "rows", "shingle_words", "min_words", "paragraphs", "paragraph_min_characters")
-
-
-def read_shard(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield identifier, source and text of every document of a clean shard.
-
-    Raises:
-        DataError: zstandard is not installed, or the shard cannot be read to its end.
-    """
-    line = 0
-    try:
-        for line, text in enumerate(zstd_lines(path), 1):
-            record = json.loads(text)
-            yield record["id"], record["source"], record["text"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}:{line}: is no document of a clean shard ({type(error).__name__}: {error}); it must be as "
-                        "it was written; remove the shard and prepare it again") from None
 
 
 @dataclass(frozen=True)
@@ -116,8 +96,8 @@ def scan_shard(settings: DedupSettings, work: Path, numbered: tuple[int, Path]) 
     if not folder.is_dir():
         with or_disk_error(folder), atomic_directory(folder) as draft, open(draft / "signatures.bin", "xb") as kept:
             collected = _Collected(settings, kept)
-            for identifier, source, text in read_shard(shard):
-                collected.add(identifier, source, text)
+            for document in read_shard(shard):
+                collected.add(document.id, document.source, document.text)
             collected.write(draft)
     return folder.name
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ttl.data.corpus.document import Document, Dropped
 from megatron_ttl.data.zstd_file import zstd_lines, zstd_writer
+from megatron_ttl.errors import DataError
 from megatron_ttl.files import atomic_write
 
 
@@ -59,6 +60,14 @@ def read_shard(path: str | os.PathLike[str]) -> Iterator[Document]:
     """Yield the documents of a shard.
 
     Raises:
-        DataError: it is damaged or cut short.
+        DataError: it cannot be read to its end, or a line of it is no document.
     """
-    return map(from_record, map(json.loads, zstd_lines(path)))
+    number = 0
+    try:
+        for number, line in enumerate(zstd_lines(path), 1):
+            yield from_record(json.loads(line))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}:{number}: is no document of a clean shard ({type(error).__name__}: {error}); it must be as "
+                        "it was written; remove the shard and prepare it again") from None
