@@ -18,10 +18,11 @@ from megatron_ttl.data.corpus.inputs import Input
 from megatron_ttl.data.corpus.predicates import Predicate
 from megatron_ttl.data.corpus.read import Unit
 from megatron_ttl.data.corpus.records import shown, to_document
-from megatron_ttl.data.corpus.settings import CorpusFile, where_of
+from megatron_ttl.data.corpus.settings import CorpusFile, SourceSettings, where_of
 from megatron_ttl.data.corpus.shards import dropped_record, to_line, to_record, write_lines
 from megatron_ttl.data.corpus.tally import Examples, Tally, difference
 from megatron_ttl.data.documents import BadLine
+from megatron_ttl.errors import ConfigError, UserError, raise_faults
 from megatron_ttl.files import write_text
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
@@ -62,26 +63,44 @@ def stages_of(settings: CorpusFile, source: int) -> list[Stage]:
     Predicates that read no notes come first, for they cost nothing.
 
     Raises:
-        UserError: a model, a pack or a library that a stage needs is not there.
+        ConfigError: with every model, preset, pack or library that a stage needs and that is not there.
     """
     wanted = settings.source[source]
     where = where_of(wanted)
     predicates = [
         Stage(f"{kind}_where.{number}", predicate=predicate, keeps=kind == "keep", order=60 * predicate.reads_notes)
         for kind, found in (("keep", where.keep), ("drop", where.drop)) for number, predicate in enumerate(found, 1)]
-    stages = [stage for stage in predicates if stage.predicate and not stage.predicate.reads_notes]
-    if settings.filters is not None and wanted.filters:
-        stages += [Stage(name, step, order=10 + number) for number, (name, step) in enumerate(build_steps(settings.filters))]
-    if settings.toxicity is not None:
-        from megatron_ttl.data.corpus.toxicity import toxicity_step
+    stages, faults = predicates, []
+    for build in (_filters, _toxicity, _decontamination):
+        try:
+            stages += build(settings, wanted)
+        except UserError as error:
+            faults += error.faults
+    raise_faults(ConfigError, faults)
+    return sorted(stages, key=lambda stage: stage.order)
 
-        stages.append(Stage("toxicity", toxicity_step(Path(settings.toxicity.model)), order=50))
-        if settings.toxicity.keep_below is not None:
-            stages.append(Stage("toxicity", _keep_below(settings.toxicity.keep_below), order=50))
-    stages += [stage for stage in predicates if stage.predicate and stage.predicate.reads_notes]
-    if settings.decontamination is not None:
-        stages.append(Stage("decontamination", build_decontaminator(settings.decontamination), order=70))
+
+def _filters(settings: CorpusFile, source: SourceSettings) -> list[Stage]:
+    if settings.filters is None or not source.filters:
+        return []
+    return [Stage(name, step, order=10 + number) for number, (name, step) in enumerate(build_steps(settings.filters))]
+
+
+def _toxicity(settings: CorpusFile, source: SourceSettings) -> list[Stage]:
+    if settings.toxicity is None:
+        return []
+    from megatron_ttl.data.corpus.toxicity import toxicity_step
+
+    stages = [Stage("toxicity", toxicity_step(Path(settings.toxicity.model)), order=50)]
+    if settings.toxicity.keep_below is not None:
+        stages.append(Stage("toxicity", _keep_below(settings.toxicity.keep_below), order=50))
     return stages
+
+
+def _decontamination(settings: CorpusFile, source: SourceSettings) -> list[Stage]:
+    if settings.decontamination is None:
+        return []
+    return [Stage("decontamination", build_decontaminator(settings.decontamination), order=70)]
 
 
 def _keep_below(limit: float) -> Step:

@@ -63,8 +63,12 @@ def make_plan(config: str | os.PathLike[str]) -> Plan:
         UserError: with all faults of the corpus file; or else of its inputs, models and packs.
     """
     settings = load_corpus_file(config)
-    inputs = find_inputs(settings, config)
     faults: list[str] = []
+    inputs: list[Input] = []
+    try:
+        inputs = find_inputs(settings, config)
+    except UserError as error:
+        faults += error.faults
     for number in range(len(settings.source)):
         try:
             stages_of(settings, number)

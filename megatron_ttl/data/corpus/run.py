@@ -124,7 +124,8 @@ def _result(plan: Plan, manifest: dict[str, Any]) -> dict[str, Any]:
     """Return what is told at the end."""
     read, kept = manifest["read"], manifest["kept"]
     return {"corpus": str(plan.output), "documents_read": read["documents"], "documents": kept["documents"],
-            "bytes_read": read["bytes"], "bytes": kept["bytes"], "tokens": kept["tokens"],
+            "bytes_read": read["bytes"], "bytes": kept["bytes"],
+            **({"tokens": kept["tokens"]} if plan.settings.corpus.tokenizer else {}),
             "unreadable": manifest["unreadable"], "report": str(plan.output / "report.md")}
 
 

@@ -92,6 +92,16 @@ def test_all_faults_at_once(tmp_path):
     assert len(caught.value.faults) == 3
 
 
+def test_all_that_is_not_there_at_once(tmp_path):
+    """Inputs, preset and packs: what the file says is right, and nothing of it exists."""
+    text = GOOD.replace('"{}"', '"gone.jsonl", "gone-*.jsonl"') + (
+        '[filters]\npreset = "ptt"\n[[decontamination.packs]]\nname = "e"\npath = "e.jsonl"\nkeys = ["q"]\n')
+    with pytest.raises(UserError) as refused:
+        make_plan(write(tmp_path, text))
+    assert [next(name for name in ("paths[0]", "paths[1]", "filters.preset", "e.jsonl") if name in fault)
+            for fault in refused.value.faults] == ["paths[0]", "paths[1]", "filters.preset", "e.jsonl"]
+
+
 def test_the_order_of_inputs_is_that_of_the_file_and_of_names(tmp_path):
     for name in ("b.jsonl", "a2.jsonl", "a10.jsonl", "deep/c.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
