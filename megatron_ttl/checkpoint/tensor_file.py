@@ -32,8 +32,8 @@ TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 _BLOCK_BYTES = 16 << 20
 _BLOCKS_IN_MEMORY = 4
-MAX_HEADER_BYTES = 8 << 20
-"""Enough for 60,000 tensors; the library would take 100 MB and need a gigabyte for them."""
+MAX_HEADER_BYTES = 4 << 20
+"""Enough for 30,000 tensors; the library would take 100 MB and need a gigabyte for them."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import patient
 
 from megatron_ttl.data.index_file import HEADER, MAGIC
 from megatron_ttl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, token_dtype
@@ -326,7 +327,7 @@ def test_opening_takes_neither_time_nor_memory(tmp_path):
     tracemalloc.start()
     began = time.perf_counter()
     dataset = IndexedDataset(tmp_path / "a")
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < patient(1)
     assert tracemalloc.get_traced_memory()[1] < 24e6
     tracemalloc.stop()
     assert dataset.document_count == 3_000_000 and dataset.document(2_999_999).tolist() == [7, EOS]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import patient
 from tiny_folder import documents, write_dataset, write_tokenizer
 
 from megatron_ttl.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
@@ -116,7 +117,7 @@ def test_every_damage_is_refused_at_once(tmp_path):
     """More than 150 mutations: a DataError that names a file, and nothing else, in under a second each."""
     write_dataset(tmp_path / "a", write_tokenizer(tmp_path / "tokenizer"), documents(30))
     idx, bin_bytes = Path(f"{tmp_path}/a.idx").read_bytes(), Path(f"{tmp_path}/a.bin").read_bytes()
-    tried = 0
+    tried, limit_s = 0, patient(1)
     for name, bad_idx, bad_bin in mutations(idx, bin_bytes, random.Random(5)):
         Path(f"{tmp_path}/a.idx").write_bytes(bad_idx)
         Path(f"{tmp_path}/a.bin").write_bytes(bad_bin)
@@ -127,7 +128,7 @@ def test_every_damage_is_refused_at_once(tmp_path):
             assert "a.idx" in str(error) or "a.bin" in str(error), name
         else:
             raise AssertionError(f"{name} was not noticed")
-        assert time.perf_counter() - began < 1, name
+        assert time.perf_counter() - began < limit_s, name
         tried += 1
     assert tried > 150
 

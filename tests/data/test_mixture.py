@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from patience import processor
 
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset
 from megatron_ttl.data.indexed_dataset import IndexedDatasetWriter
@@ -95,7 +96,7 @@ def test_a_million_samples_take_less_than_a_second():
     mixture = StagedMixture([(10**5, weights[0]), (2 * 10**5, weights[1]), (10**6, weights[2]), (None, weights[3])])
     began = time.process_time()
     mixture.locate_many(np.arange(10**6))
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < processor(1)
 
 
 def test_stages_go_on_where_the_former_one_stood():

@@ -8,6 +8,7 @@ import time
 from contextlib import closing
 
 import pytest
+from patience import patient
 
 from megatron_ttl.data.processes import in_processes
 from megatron_ttl.errors import DataError
@@ -47,7 +48,7 @@ def test_who_wants_no_more_does_not_wait_for_what_is_under_way():
     next(results)
     started = time.monotonic()
     results.close()
-    assert time.monotonic() - started < 5 and not multiprocessing.active_children()
+    assert time.monotonic() - started < patient(5) and not multiprocessing.active_children()
 
 
 def test_what_goes_wrong_in_a_worker_is_said():

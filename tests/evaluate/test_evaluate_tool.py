@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from patience import patient
 
 
 @pytest.fixture
@@ -47,4 +48,4 @@ def test_help_is_quick(run):
     started = time.monotonic()
     done = run("--help")
     assert done.returncode == 0 and "--perplexity PREFIX" in done.stdout
-    assert time.monotonic() - started < 1.0  # 0.3 s on an idle machine
+    assert time.monotonic() - started < patient(1.0)  # 0.3 s on an idle machine

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from patience import patient
 from tiny_folder import write_model_folder
 
 from megatron_ttl.generate.text_stream import printable
@@ -88,4 +89,4 @@ def test_help_is_quick(command):
     started = time.monotonic()
     code, output, _ = run(command("--help"))
     assert code == 0 and "--max-new-tokens" in output
-    assert time.monotonic() - started < 1.0  # 0.3 s on an idle machine
+    assert time.monotonic() - started < patient(1.0)  # 0.3 s on an idle machine

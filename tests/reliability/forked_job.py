@@ -19,7 +19,8 @@ import traceback
 from pathlib import Path
 
 import planted_fault
-from job_processes import JobProcesses, patient
+from job_processes import JobProcesses
+from patience import patient
 from tiny_session import write_settings
 
 import pretrain_ttl

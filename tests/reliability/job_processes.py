@@ -7,6 +7,8 @@ import os
 import signal
 import time
 
+from patience import patient
+
 
 class JobProcesses:
     """A job says who its processes are; this waits for them and ends them."""
@@ -28,8 +30,3 @@ class JobProcesses:
         for pid in self.members():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def patient(seconds: float) -> float:
-    """Return a limit of time; where processes queue for a core, time says little of ours, and the limit is wider."""
-    return seconds if os.getloadavg()[0] < (os.cpu_count() or 1) else 8 * seconds

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from forked_job import TENSOR_DATA, TENSOR_PIPELINE, ForkedJob, shared_memory
-from job_processes import patient
 from launcher_job import LauncherJob, launcher
+from patience import patient
 from planted_fault import DEATHS, SECTIONS
 from tiny_session import write_data
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from forked_job import TENSOR_PIPELINE, ForkedJob
-from job_processes import patient
+from patience import patient
 from planted_fault import HANGS
 from tiny_session import write_data
 

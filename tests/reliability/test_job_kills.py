@@ -16,8 +16,8 @@ from itertools import count
 
 import pytest
 from forked_job import TENSOR_DATA, TENSOR_PIPELINE, ForkedJob, curve, digest, shared_memory
-from job_processes import patient
 from launcher_job import LauncherJob, launcher
+from patience import patient
 from tiny_session import write_data
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,8 @@ from itertools import count, cycle, islice
 
 import pytest
 from forked_job import TENSOR_DATA, ForkedJob, curve, digest, finished
-from job_processes import patient
 from launcher_job import LauncherJob, launcher
+from patience import patient
 from planted_fault import SECTIONS, SLOW_S
 from tiny_session import write_data
 

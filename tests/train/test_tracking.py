@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from patience import patient
 
 from megatron_ttl.config.schema import LogConfig
 from megatron_ttl.train import tracking
@@ -107,10 +108,10 @@ def test_a_blocking_mirror_delays_no_step_and_is_let_go(capsys):
     started = time.perf_counter()
     for step in range(3000):
         mirror.log({"loss": 1.0}, step)
-    assert time.perf_counter() - started < 1.0
+    assert time.perf_counter() - started < patient(1.0)
     assert mirror._rows.qsize() <= 1000
     mirror.wait(0.2)
-    assert time.perf_counter() - started < 3.0
+    assert time.perf_counter() - started < patient(3.0)
     release.set()
     warnings = capsys.readouterr().err
     assert warnings.count("warning") == 1 and "fake: it does not answer; it took 0 of 3000 rows" in warnings
