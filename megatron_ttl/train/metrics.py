@@ -12,7 +12,7 @@ from megatron_ttl.console import format_duration, on_terminal
 from megatron_ttl.files import human_bytes
 from megatron_ttl.model.flops import flops_per_token
 from megatron_ttl.train.device_peaks import model_flops_utilisation, peak_flops_per_s
-from megatron_ttl.train.row_file import RowFile
+from megatron_ttl.row_file import RowFile
 from megatron_ttl.train.tracking import Mirrors
 
 

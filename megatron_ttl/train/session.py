@@ -30,7 +30,7 @@ from megatron_ttl.train.failure import end_process
 from megatron_ttl.train.ledger import MAX_USEFUL_EPOCHS, Ledger
 from megatron_ttl.train.metrics import MetricLogger
 from megatron_ttl.train.open_data import open_data, preload, tokenizer_directory
-from megatron_ttl.train.row_file import trim_rows
+from megatron_ttl.row_file import trim_rows
 from megatron_ttl.train.run_folder import RunFolder
 from megatron_ttl.train.run_lock import RunLock
 from megatron_ttl.train.saver import Saver

@@ -41,7 +41,7 @@ from megatron_ttl.errors import ConfigError, UserError, raise_faults
 from megatron_ttl.files import checksum_bytes
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 from megatron_ttl.train.energy import carry_on
-from megatron_ttl.train.row_file import trim_rows
+from megatron_ttl.row_file import trim_rows
 from megatron_ttl.train.run_folder import RunFolder
 
 MOST_SECONDS = 2.0

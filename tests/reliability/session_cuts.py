@@ -21,7 +21,7 @@ from megatron_ttl.config.load import Settings, load_settings
 from megatron_ttl.files import checksum
 from megatron_ttl.parallel.mesh import join
 from megatron_ttl.runtime import Ranks
-from megatron_ttl.train.row_file import trim_rows
+from megatron_ttl.row_file import trim_rows
 from megatron_ttl.train.run_folder import RunFolder
 
 RUN = Path("runs", "run")

@@ -30,7 +30,7 @@ from megatron_ttl.plan.forecast import dry_run
 from megatron_ttl.tokenizer.folder import copy_tokenizer
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 from megatron_ttl.train.open_data import open_data, tokenizer_directory
-from megatron_ttl.train.row_file import RowFile, trim_rows
+from megatron_ttl.row_file import RowFile, trim_rows
 from megatron_ttl.train.run_folder import RunFolder, open_checkpoint
 
 STEP = 4

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from megatron_ttl.train.row_file import RowFile, trim_rows
+from megatron_ttl.row_file import RowFile, trim_rows
 
 
 def rows_of(path) -> list[dict]:
@@ -53,7 +53,7 @@ def test_a_damaged_line_in_the_middle_costs_nothing_after_it(tmp_path, capsys):
 
 def test_a_killed_writer_leaves_whole_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    code = ("import sys; from pathlib import Path; from megatron_ttl.train.row_file import RowFile\n"
+    code = ("import sys; from pathlib import Path; from megatron_ttl.row_file import RowFile\n"
             "file, step = RowFile(Path(sys.argv[1])), 0\n"
             "while True:\n"
             "    step += 1; file.append({'step': step, 'text': 'x' * 300})\n"
