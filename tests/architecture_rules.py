@@ -39,7 +39,6 @@ DOORS = {
     "sentencepiece": ("megatron_ttl/tokenizer/",),
     "lm_eval": ("megatron_ttl/evaluate/harness.py", "megatron_ttl/evaluate/harness_model.py"),
     "matplotlib": ("megatron_ttl/report/plots.py",),
-    "scipy": ("megatron_ttl/evaluate/", "megatron_ttl/finetune/", "megatron_ttl/report/"),
     "yaml": ("megatron_ttl/evaluate/packs.py",),
     "gradio": ("megatron_ttl/serve/",),
     "megatron": (),  # megatron-core is an oracle of the tests
