@@ -181,7 +181,7 @@ class Interval:
         loss = float(self.loss) / (self.steps - self.skipped)
         for name, value in (("loss", loss), ("gradient norm", float(self.norms))):
             if not math.isfinite(value):
-                kept = session.folder.store.steps()
+                kept = kept_steps(session)
                 raise DivergedError(f"step {session.state.step}: the {name} is {value}; it must be a number; go on "
                                     f"from step {max(kept, default=0)} with a lower optimizer.lr or "
                                     "train.gradient_clipping")
@@ -217,11 +217,18 @@ def judge(session: Session, result: StepResult) -> None:
     step, fault = session.state.step, result.skipped and not session.engine.scales_loss
     if not result.skipped:
         session.spikes.observe(step, result.loss, result.grad_norm)
-    warning = session.nonfinite.count(step, fault, session.folder.store.steps() if fault else [])
+    warning = session.nonfinite.count(step, fault, kept_steps(session) if fault else [])
     if warning:
         session.say(warning)
         session.metrics.row({"event": "skip", "step": step, "tokens": session.state.consumed_tokens,
                              **session.samples_of(step)})
+
+
+def kept_steps(session: Session) -> list[int]:
+    """Return the steps of the checkpoints, that which is being written included; to be asked on all processes together."""
+    if session.saver.pending:
+        settle(session)
+    return session.folder.store.steps()
 
 
 def report_spikes(session: Session) -> None:
