@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import comb
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ttl.errors import DataError
@@ -13,6 +13,7 @@ from megatron_ttl.evaluate.significance import mcnemar
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
+@settings(deadline=None)
 def test_mcnemar_is_the_two_tails_of_a_fair_coin(pairs):
     a, b = [first for first, _ in pairs], [second for _, second in pairs]
     result = mcnemar(a, b)
