@@ -34,7 +34,7 @@ class _Rows(list):
 
 
 def run_task(task: Task, answerer: Answerer, shots: int | None = None, limit: int | None = None, seed: int = 0,
-             progress: Bar | None = None) -> TaskResult:
+             progress: Bar | None = None, standard_errors: bool = True) -> TaskResult:
     """Ask an answerer all that a task asks, and measure the answers.
 
     The global random generators are neither seeded nor drawn from, so that a run may evaluate while it trains.
@@ -46,9 +46,10 @@ def run_task(task: Task, answerer: Answerer, shots: int | None = None, limit: in
         limit: ask only about the first so many items; None: about all.
         seed: which demonstrations are drawn; the same seed draws the same.
         progress: opens a bar for a number of requests, as `console.progress` does.
+        standard_errors: compute them; who needs none saves the bootstrap of metrics without a formula.
 
     Returns:
-        Metrics with standard errors (None where there is one item only), and the rows behind them.
+        Metrics with standard errors (None of a single item), and the rows behind them.
 
     Raises:
         ConfigError: lm-eval is not installed, or the task asks for what is not offered.
@@ -69,7 +70,7 @@ def run_task(task: Task, answerer: Answerer, shots: int | None = None, limit: in
             _require_gold(task, built, limit)
             found = evaluate(model, {"tasks": {task.name: built}}, limit=limit, bootstrap_iters=0)
             samples = found["samples"][task.name]
-            metrics = _measure(task, built, samples)
+            metrics = _measure(task, built, samples, standard_errors)
     except UserError:
         raise
     except Exception as error:
@@ -227,7 +228,8 @@ def _require_gold(task: Task, built: Any, limit: int | None) -> None:
                         "every row must hold its right answer; correct the data file")
 
 
-def _measure(task: Task, built: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, Measured]:
+def _measure(task: Task, built: Any, samples: Sequence[Mapping[str, Any]],
+             standard_errors: bool) -> dict[str, Measured]:
     """Aggregate each metric as the task says; the task's own order first."""
     from lm_eval.api.metrics import mean
 
@@ -244,7 +246,7 @@ def _measure(task: Task, built: Any, samples: Sequence[Mapping[str, Any]]) -> di
         if math.isnan(value):
             raise DataError(f"task {task.name}: {name}: is no number for these {len(items)} items; it must be one; give "
                             "more items, or correct the rows")
-        found[name] = Measured(value, _standard_error(metric, aggregate, items))
+        found[name] = Measured(value, _standard_error(metric, aggregate, items) if standard_errors else None)
     if missing := [metric for metric in task.metrics if metric not in found]:
         raise ConfigError(f"task {task.name}: metrics: {', '.join(missing)}; what is measured is {', '.join(found)}; "
                           "correct the pack's metric_list")

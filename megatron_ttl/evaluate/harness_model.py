@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections import Counter
@@ -19,7 +20,7 @@ Bar = Callable[[int], AbstractContextManager[Callable[[float], None]]]
 GENERATION_OPTIONS = frozenset({"until", "max_gen_toks", "do_sample", "temperature"})
 """What a task may ask of a generation; anything else would change the answers unseen."""
 _NEW_TOKENS = 256  # lm-eval's own, where a task does not say
-_SLICE = 2048  # requests between two movements of the bar, where the answerer has no bar of its own
+_SLICE = 512  # requests between two movements of the bar, for an answerer that does not report how far it is
 
 
 class AnsweringModel:
@@ -76,17 +77,18 @@ class AnsweringModel:
     def _answer(self, method: Callable[[Sequence[Any]], list[Any]], asked: Sequence[Any]) -> list[Any]:
         answers: list[Any] = []
         with self._bar(len(asked)) as report, self._at_work():
+            if "progress" in inspect.signature(method).parameters:
+                return method(asked, progress=report)
             for start in range(0, len(asked), _SLICE):
                 answers += method(asked[start:start + _SLICE])
                 report(len(answers))
-        assert len(answers) == len(asked)
         return answers
 
     @contextmanager
     def _at_work(self):
         self.answering = True
-        yield
-        self.answering = False  # left true by whatever it raises
+        yield  # what is raised here leaves it true
+        self.answering = False
 
     def _require_numbers(self, values: Iterable[float]) -> None:
         if any(math.isnan(value) for value in values):
