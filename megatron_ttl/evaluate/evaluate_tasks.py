@@ -70,7 +70,7 @@ class Scores:
     records: list[ScoreRecord] = field(default_factory=list)
     """Of all that was asked for, whether it was scored now or before."""
     known: int = 0
-    """Pairs of model and task that had their scores already."""
+    """How many of them were recorded before."""
     faults: list[str] = field(default_factory=list)
     """Of tasks that failed."""
 
@@ -131,7 +131,7 @@ class _Work:
         answerer = ModelAnswerer(chosen.opened, settings.batch, settings.seed)
         for number, task in enumerate(tasks, 1):
             if not settings.again and (kept := self._kept(chosen.scored, task)):
-                scores.known += 1
+                scores.known += len(kept)
                 scores.records += kept
                 continue
             bar = partial(console.progress, f"{place.label}{task.name} ({number} of {len(tasks)})", unit="requests")
