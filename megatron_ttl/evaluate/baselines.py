@@ -10,7 +10,6 @@ item scores with each answer, and the mean over them is the expectation. Others 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ttl.errors import DataError
+from megatron_ttl.evaluate.item_values import item_values
 from megatron_ttl.evaluate.task import Answerer, GenerationRequest, Request, Task, TaskResult
 
 Runner = Callable[..., TaskResult]
@@ -158,21 +158,15 @@ def _expected(constants: Sequence[TaskResult | None], counts: Mapping[int, int],
     whole = [result for result in constants if result is not None]
     if len(whole) < len(constants):
         return _mean_values(draws())
-    metrics = list(whole[0].metrics)
-    exact = [metric for metric in metrics if all(is_mean_over_items(result, metric) for result in whole)]
-    found = {metric: float(np.mean([np.mean([whole[choice].items[place][metric] for choice in range(counts[row["item"]])])
-                                    for place, row in enumerate(whole[0].items)])) for metric in exact}
-    if len(exact) < len(metrics):
+    found = {}
+    for metric in whole[0].metrics:
+        scores = [item_values(result.items, metric, result.metrics[metric].value) for result in whole]
+        if all(values is not None for values in scores):
+            found[metric] = float(np.mean([np.mean([values[place] for values in scores[:counts[row["item"]]] if values])
+                                           for place, row in enumerate(whole[0].items)]))
+    if len(found) < len(whole[0].metrics):
         found |= {metric: value for metric, value in _mean_values(draws()).items() if metric not in found}
     return found
-
-
-def is_mean_over_items(result: TaskResult, metric: str) -> bool:
-    """Return whether a metric is the plain mean of what it says of each item."""
-    values = [row.get(metric) for row in result.items]
-    if not all(isinstance(value, (int, float)) for value in values):
-        return False
-    return math.isclose(float(np.mean(values)), result.metrics[metric].value, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def _values(result: TaskResult | None) -> dict[str, float]:
