@@ -292,15 +292,26 @@ def _notes(columns: Sequence[Column], members: Sequence[dict[tuple[object, ...],
            f"{SURE} standard errors of the difference, unpaired; †: not better than every baseline by as much")
     if averaged:
         yield f"average of {', '.join(columns[number].record.task for number in averaged)}"
+    told: set[tuple[str, str, str]] = set()
     for column, member in zip(columns, members, strict=True):
         record = column.record
-        yield (f"{column.heading}: {record.n:,} items, {record.shots} shots, version {record.version}, "
+        yield (f"{column.heading}: {record.n:,} items, {_shots(record.shots)}, version {record.version}, "
                f"defined by {record.definition}, data {record.data}{' (a sample)' if record.sample else ''}, "
                f"lm_eval {record.versions.get('lm_eval', 'unknown')}")
         for key, found in member.items():
-            said = [f"{found.truncated:,} questions cut on the left"] if found.truncated else []
-            if found.contaminated:
-                clean = "" if found.value_clean is None else f", {found.value_clean * column.factor:.2f} without them"
-                said.append(f"{found.contaminated:,} items in its training data{clean}")
-            if said:
-                yield f"{column.heading}: {labels[key]}: {'; '.join(said)}"
+            what = "; ".join(_conditions(found, column.factor))
+            if what and (record.request_checksum, labels[key], what) not in told:  # other metrics of the same answers
+                told.add((record.request_checksum, labels[key], what))
+                yield f"{column.heading}: {labels[key]}: {what}"
+
+
+def _shots(count: int) -> str:
+    return "1 shot" if count == 1 else f"{count} shots"
+
+
+def _conditions(record: ScoreRecord, factor: float) -> Iterator[str]:
+    if record.truncated:
+        yield f"{record.truncated:,} requests cut on the left"
+    if record.contaminated is not None:
+        clean = "" if record.value_clean is None or not record.contaminated else f", {record.value_clean * factor:.2f} without them"
+        yield f"{record.contaminated:,} items in its training data{clean}"

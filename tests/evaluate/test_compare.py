@@ -101,7 +101,7 @@ def test_the_command(repository, models):
         return subprocess.run([sys.executable, str(repository / "tools" / "scores.py"), *map(str, arguments)],
                               capture_output=True, text=True, timeout=120)
 
-    done = run(models / "a", models / "b", "--metrics", "acc", "mc2", "--output", models / "table.md")
+    done = run(models / "a", models / "b", "--metrics", "acc,mc2", "--output", models / "table.md")
     assert done.returncode == 0, done.stderr
     assert "| a | 80.00 ± 1.25 |" in (models / "table.md").read_text(encoding="utf-8").replace("**", "")
     done = run("--compare", models / "a", models / "b", "--task", "arc_pt", "--format", "json")
