@@ -86,6 +86,7 @@ def test_what_cannot_be_compared_is_refused(models):
     for payload, message in ((gzip.compress(b"\n".join(rows[:9]) + b"\n"), "the items of a and b are not the same"),
                              (gzip.compress(b'{"item": 1}\n[]\n'), "is no file of items"),
                              (gzip.compress(b'{"item": "1"}\n'), "is no file of items"),
+                             (gzip.compress(b" " * (32 << 20) + b"1\n" + b" " * (33 << 20), 1), "unpacks to more than 64 MiB"),
                              (items.read_bytes()[:60], "the packed file ends in the middle")):
         items.write_bytes(payload)
         with pytest.raises(DataError, match=message):

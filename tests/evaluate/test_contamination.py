@@ -95,6 +95,8 @@ def test_nothing_is_found_where_nothing_is(tmp_path, tasks, tokenizer_folder):
 def test_workers_find_the_same(tmp_path, tasks, planted, monkeypatch):
     write_lines(tmp_path / "a.jsonl", planted)
     monkeypatch.setattr("megatron_ttl.evaluate.training_text._UNIT_BYTES", 2000)
+    monkeypatch.setattr(contamination, "_WORKER_BYTES", 100)
+    assert found_in(find_contamination(tasks, [tmp_path / "a.jsonl"])) == wanted_in("a.jsonl", first=1)
     assert found_in(find_contamination(tasks, [tmp_path / "a.jsonl"], workers=2)) == wanted_in("a.jsonl", first=1)
 
 

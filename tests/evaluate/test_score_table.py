@@ -167,6 +167,13 @@ def test_averages_are_over_one_set_of_columns():
     assert not build_table([score()]).averaged, "one column is no average"
 
 
+def test_names_of_strangers_are_written_out():
+    table = build_table([score("a\x1b[31m", model="m\n| evil |", baselines={"\x07": 0.5}), score("b", model="m\n| evil |")])
+    for text in (to_markdown(table), to_latex(table), to_csv(table)):
+        assert not {"\x1b", "\x07"} & set(text) and "m\n" not in text
+    assert len(to_markdown(table).splitlines()) == 9
+
+
 def test_metrics_of_the_same_answers_tell_once_how_they_came_about():
     rows = [score(metric=metric, truncated=2, contaminated=0, shots=1, main=metric == "acc") for metric in ("acc", "acc_norm")]
     notes = build_table(rows).notes
