@@ -57,6 +57,7 @@ def test_every_kind_of_metric(models, capsys):
     sides = [[(number % 2, number % 2 if value else 1 - number % 2) for number, value in enumerate(right)]
              for right in RIGHT.values()]
     assert f1["p"] == paired_difference(*sides, macro_f1, resamples=999).p_value
+    assert f1["low"] < f1["difference"] < f1["high"] and f1["high"] > 0.5
     print_comparison(rows)
     out = capsys.readouterr().out
     assert out.startswith("a against b") and "3 of them find 0.15 below 0.05 by chance" in out

@@ -109,6 +109,14 @@ def test_only_the_first_documents_are_named_and_all_are_counted(tmp_path, tasks)
     assert item.first == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "b.jsonl:1"]
 
 
+def test_many_items_keep_their_numbers(tmp_path):
+    """More than a byte can count; two hold the same words."""
+    many = rows(400)
+    many.splits["test"][390]["question"] = many.splits["test"][300]["question"]
+    write_lines(tmp_path / "a.jsonl", [many.splits["test"][300]["question"], many.splits["test"][257]["choices"][0]])
+    assert list(find_contamination({"t": many}, [tmp_path / "a.jsonl"])["t"].items) == [257, 300, 390]
+
+
 def test_what_was_found_is_kept(tmp_path, tasks, planted, monkeypatch):
     cache, sources = tmp_path / "cache", [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for source in sources:
