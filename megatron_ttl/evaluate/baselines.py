@@ -1,8 +1,8 @@
 """Score answers that need no model, through the same harness as a model's: what a score must be compared with.
 
 `random`: every choice as likely as any other. `majority`: always the most frequent answer of the test rows, where all
-items have the same choices, or answers that repeat. `longest`, `shortest`: the choice with the most or the fewest
-characters, the first of several.
+items have the same choices, a metric is one of classes (F1), or generated answers repeat. `longest`, `shortest`: the choice
+with the most or the fewest characters, the first of several, where choices are texts of their own.
 
 Random answers need no luck where a metric is a mean over items: a run per choice ("always the second") gives what each
 item scores with each answer, and the mean over them is the expectation. Others (F1) are means over fixed draws.
@@ -106,13 +106,15 @@ def _of_choices(task: Task, run: Callable[[Answerer], TaskResult | None]) -> dic
     draws = (_drawn(counts, number) for number in range(DRAWS))
     found = {"random": _expected(constants, counts, lambda: [run(FixedAnswers(draw.__getitem__)) for draw in draws])}
     lists = {tuple(choices.values()) for choices in recorder.choices.values()}
-    if len(lists) == 1 or "labels" in task.tags:
+    of_classes = any(item_values(first.items, metric, measured.value) is None for metric, measured in first.metrics.items())
+    told_apart = any(len(set(choices)) > 1 for choices in lists)  # not where the contexts are the choices
+    if of_classes or (len(lists) == 1 and told_apart):
         labels = [text.strip() for text in recorder.choices[min(recorder.choices)].values()]
         majority = _most_frequent([_label_of(row["target"], labels) for row in first.items])
         found["majority"] = _values(constants[majority] if majority is not None else None)
-    else:
+    elif any(len(set(map(len, choices))) > 1 for choices in lists):
         for name, sign in (("longest", 1), ("shortest", -1)):
-            picks = {item: max(choices, key=lambda number: (sign * len(choices[number]), -number))
+            picks = {item: max(choices, key=lambda number, choices=choices: (sign * len(choices[number]), -number))
                      for item, choices in recorder.choices.items()}
             found[name] = _values(run(FixedAnswers(picks.__getitem__)))
     return found
