@@ -89,7 +89,9 @@ class ModelAnswerer:
         answers = []
         for start in range(0, len(asked), _REQUESTS_AT_A_TIME):
             pieces = encode(asked[start : start + _REQUESTS_AT_A_TIME])
-            scored = iter(self.scorer.score([pair for pairs in pieces for pair in pairs]))
+            # A long text is several pairs: the bar never runs ahead of what is asked.
+            report = progress and (lambda done, start=start, most=len(pieces): progress(start + min(done, most)))
+            scored = iter(self.scorer.score([pair for pairs in pieces for pair in pairs], report))
             for pairs in pieces:
                 found = [next(scored) for _ in pairs]
                 answers.append((sum(nats for nats, _ in found), all(greedy for _, greedy in found)))

@@ -55,9 +55,12 @@ def show_listing(tasks: Sequence[ListedTask], data: Path, as_json: bool) -> None
     groups = sorted({group for task in tasks for group in task.groups})
     for group in groups:
         print(f"group {group}: {', '.join(task.name for task in tasks if group in task.groups)}")
+    lacking: dict[str, list[str]] = {}
     for task in tasks:
-        if task.missing:
-            print(f"{task.name}: {task.missing}")
+        lacking.setdefault(task.missing, []).append(task.name)
+    for missing, names in lacking.items():
+        if missing:
+            print(f"missing for {', '.join(names)}: {missing}")
 
 
 def show_perplexity(result: dict[str, Any], as_json: bool) -> None:
