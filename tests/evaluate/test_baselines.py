@@ -91,7 +91,7 @@ def test_a_share_of_probability():
     config = CHOICE | {"process_results": FUNCTIONS["truthfulqa_mc2"], "metric_list": [ACC],
                        "doc_to_choice": "{{mc2_targets.choices}}", "doc_to_target": 0}
     truths = [[1, 0, 0, 0], [1, 1, 0], [1, 1, 1, 0, 0]]
-    rows = [{"question": f"Q{number}?", "mc2_targets": {"choices": ["a" * (place + 1) for place in range(len(labels))],
+    rows = [{"question": f"Q{number}?", "mc2_targets": {"choices": ["abc"[number] * (place + 1) for place in range(len(labels))],
                                                         "labels": labels}} for number, labels in enumerate(truths)]
     found = baselines(make_task(config, rows), run_task)
     assert found["acc"] == pytest.approx({"random": np.mean([1 / 4, 2 / 3, 3 / 5]), "longest": 0, "shortest": 1})
