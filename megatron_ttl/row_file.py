@@ -51,6 +51,11 @@ class RowFile:
                 print_warning(f"{self.path}: a row could not be written ({error.strerror or error}); rows "
                               "are kept in memory until it works again")
 
+    @property
+    def complete(self) -> bool:
+        """Whether every row is in the file, and none waits in memory for the disk."""
+        return not self._waiting
+
     def close(self) -> None:
         """Make the rows survive a power cut, as far as the disk can."""
         if self._handle.closed:

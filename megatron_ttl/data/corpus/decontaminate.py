@@ -3,7 +3,7 @@
 Words are compared as `ngrams.words_of` has them: case folded, without punctuation. A text of a pack with fewer than
 13 words is looked for as a whole if it has 8 words or more; a shorter one says too little, and is counted and left out.
 
-Memory: 10 bytes per n-gram and at most 8 for a filter before the search, in every worker. Hashes have 64 bits: that some
+Memory: at most 18 bytes per n-gram, in every worker. Hashes have 64 bits: that some
 document of a corpus of w words is suspected wrongly has a probability of at most 6 w e / 2^64 for e n-grams, that is 0.3 %
 for 10 billion words and a million n-grams.
 """
@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_ttl.data.corpus.document import Document, Dropped, Step
-from megatron_ttl.data.corpus.ngrams import ngram_hashes, normalise, words_of
+from megatron_ttl.data.corpus.ngram_index import NgramIndex, index_owners, own_texts
 from megatron_ttl.data.documents import input_faults, read_chunks
 from megatron_ttl.errors import DataError, raise_faults
 
@@ -83,14 +82,8 @@ class Decontaminator:
     """The step: notes what a document shares with packs, `{"decontamination": {pack: n-grams}}`, or drops it."""
 
     settings: DecontaminateSettings
-    hashes: np.ndarray
-    """Of the n-grams of all packs, sorted.  # uint64 [n-grams]"""
-    members: np.ndarray
-    """Which packs have it: a row of `pack_sets`.  # uint16 [n-grams]"""
-    begins: np.ndarray
-    """Whether any hash begins with these bits: it spares most of the searches.  # bool [power of two]"""
-    pack_sets: tuple[tuple[int, ...], ...]
-    """Sets of packs, by their place in the settings."""
+    index: NgramIndex
+    """N-grams of the packs, by their place in the settings."""
     contents: dict[str, PackContents]
     """What was read, by pack."""
 
@@ -106,20 +99,8 @@ class Decontaminator:
 
     def shared(self, text: str) -> Counter[str]:
         """Return how many different n-grams of each pack a text holds; of packs with as many the first comes first."""
-        found: Counter[str] = Counter()
-        if not len(self.hashes):
-            return found
-        hits = [np.empty(0, np.int64)]
-        for size, hashes in enumerate(ngram_hashes(words_of(normalise(text)), self.settings.words), 1):
-            if size >= self.settings.short_words:
-                hashes = hashes[self.begins[_first_bits(hashes, len(self.begins))]]
-                places = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-                hits.append(places[self.hashes[places] == hashes])
-        counts = Counter(pack for place in np.unique(np.concatenate(hits)).tolist()
-                         for pack in self.pack_sets[self.members[place]])
-        for pack in sorted(counts):
-            found[self.settings.packs[pack].name] = counts[pack]
-        return found
+        counts = self.index.shared(text)
+        return Counter({self.settings.packs[pack].name: counts[pack] for pack in sorted(counts)})
 
 
 def build_decontaminator(settings: DecontaminateSettings) -> Step:
@@ -139,47 +120,16 @@ def read_packs(settings: DecontaminateSettings) -> Decontaminator:
     """
     faults: list[str] = input_faults(list(dict.fromkeys(pack.path for pack in settings.packs))) if settings.packs else []
     raise_faults(DataError, faults)
-    contents, hashes, owners = {}, [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-    for number, pack in enumerate(settings.packs):
-        texts = list(_texts(pack, faults))
-        sized = [words_of(normalise(text)) for text in texts]
-        long = [words for words in sized if len(words) >= settings.short_words]
-        mine = np.unique(np.concatenate([np.empty(0, np.uint64), *(_wanted(words, settings.words) for words in long)]))
-        contents[pack.name] = PackContents(texts=len(texts), ngrams=len(mine), too_short=len(sized) - len(long))
-        hashes.append(mine)
-        owners.append(np.full(len(mine), number))
-        if not len(mine) and not faults:
+    contents, owners = {}, []
+    for pack in settings.packs:
+        owner = own_texts(_texts(pack, faults), settings.words, settings.short_words)
+        contents[pack.name] = PackContents(texts=owner.texts, ngrams=len(owner.hashes), too_short=owner.too_short)
+        owners.append(owner)
+        if not len(owner.hashes) and not faults:
             faults.append(f"{pack.path}: has no text of {settings.short_words} words or more under "
                           f"{', '.join(pack.keys)}; a pack must have one; correct its keys")
     raise_faults(DataError, faults[:_MOST_FAULTS])
-    unique, members, pack_sets = _merge(np.concatenate(hashes), np.concatenate(owners))
-    begins = np.zeros(max(2, 4 << len(unique).bit_length()), bool)
-    begins[_first_bits(unique, len(begins))] = True
-    return Decontaminator(settings, unique, members, begins, pack_sets, contents)
-
-
-def _first_bits(hashes: np.ndarray, values: int) -> np.ndarray:
-    return hashes >> np.uint64(65 - values.bit_length())
-
-
-def _wanted(words: Sequence[str], longest: int) -> np.ndarray:
-    """Return the hashes of the runs of `longest` words, or of all words where there are fewer."""
-    *_, hashes = ngram_hashes(words, longest)
-    return hashes
-
-
-def _merge(hashes: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, ...], ...]]:
-    order = np.lexsort((owners, hashes))
-    hashes, owners = hashes[order], owners[order]
-    unique, starts = np.unique(hashes, return_index=True)
-    several = np.flatnonzero(np.diff(starts, append=len(hashes)) > 1)
-    sets: dict[tuple[int, ...], int] = {(owner,): owner for owner in range(int(owners.max(initial=-1)) + 1)}
-    members = owners[starts].astype(np.uint16)
-    ends = np.append(starts, len(hashes))
-    for place in several.tolist():
-        packs = tuple(owners[ends[place]:ends[place + 1]].tolist())
-        members[place] = sets.setdefault(packs, len(sets))
-    return unique, members, tuple(sets)
+    return Decontaminator(settings, index_owners(owners, settings.words, settings.short_words), contents)
 
 
 def _texts(pack: PackSettings, faults: list[str]) -> Iterator[str]:
@@ -197,15 +147,16 @@ def _texts(pack: PackSettings, faults: list[str]) -> Iterator[str]:
                               "must be one; repair or remove it")
                 continue
             for key in pack.keys:
-                yield from _strings(record.get(key))
+                yield from strings_in(record.get(key))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
+    """Yield a text, or the texts in lists and objects of them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from strings_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _strings(item)
+            yield from strings_in(item)

@@ -97,7 +97,8 @@ def test_counts_are_those_of_a_plain_loop(tmp_path):
         assert dict(step.shared(" ".join(words))) == expected
         hits += len(expected)
     assert hits > 100
-    assert np.array_equal(step.hashes, np.unique(step.hashes)) and len(step.hashes) == len(set.union(*wanted.values()))
+    hashes = step.index.hashes
+    assert np.array_equal(hashes, np.unique(hashes)) and len(hashes) == len(set.union(*wanted.values()))
 
 
 def test_the_step_can_be_sent_to_a_worker(packs):
