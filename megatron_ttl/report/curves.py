@@ -47,7 +47,7 @@ def run_figures(runs: Sequence[Run], laws: Sequence[ScalingLaw] = (), window: fl
     figures = [_training_loss(runs, window), _held_out(runs, "held_out_loss", "Held-out loss", "nats per token", lambda loss: loss),
                _held_out(runs, "held_out_perplexity", "Held-out perplexity", "perplexity",
                          lambda loss: math.exp(min(loss, _LARGEST_EXPONENT))),
-               _predictions(runs, laws), _column(runs, "lr", "learning_rate", "Learning rate", "learning rate"),
+               _predictions(runs, laws), *_signals(runs), _column(runs, "lr", "learning_rate", "Learning rate", "learning rate"),
                _column(runs, "grad_norm", "gradient_norm", "Gradient norm before clipping", "gradient norm")]
     return [figure for figure in figures if any(len(series.tokens) for series in figure.series)]
 
@@ -67,10 +67,21 @@ def _training_loss(runs: Sequence[Run], window: float) -> Figure:
 def _held_out(runs: Sequence[Run], name: str, title: str, unit: str, scale) -> Figure:
     series = []
     for colour, run in enumerate(runs):
-        for prefix in run.held_out:
-            tokens, losses = run.held_out_loss(prefix)
+        for prefix in run.measured("loss"):
+            tokens, losses = run.evaluation("loss", prefix)
             series.append(Series(f"{run.name}: {prefix}", tokens, [scale(loss) for loss in losses], colour=colour))
     return Figure(name, title, unit, series, note="Every token of the held-out text weighs the same.")
+
+
+def _signals(runs: Sequence[Run]) -> Iterator[Figure]:
+    """Show what runs measured of tasks while they trained."""
+    for task in dict.fromkeys(task for run in runs for task in run.measured("accuracy")):
+        series = []
+        for colour, run in enumerate(runs):
+            tokens, values = run.evaluation("accuracy", task)
+            errors = dict(zip(*run.evaluation("accuracy_stderr", task), strict=True))
+            series.append(Series(run.name, tokens, values, [errors.get(place) for place in tokens], "points", colour))
+        yield Figure(file_stem(f"signal_{task}"), f"{task}, during training", "accuracy", series, note="Bars: one standard error.")
 
 
 def _predictions(runs: Sequence[Run], laws: Sequence[ScalingLaw]) -> Figure:
@@ -78,11 +89,11 @@ def _predictions(runs: Sequence[Run], laws: Sequence[ScalingLaw]) -> Figure:
     series: list[Series] = []
     predicted: set[int] = set()
     for colour, run in enumerate(runs):
-        points = [run.held_out_loss(prefix) for prefix in run.held_out]
+        points = [run.evaluation("loss", prefix) for prefix in run.measured("loss")]
         seen = [tokens for row, _ in points for tokens in row if tokens > 0]
         if not laws or not seen or run.parameters is None:
             continue
-        for prefix, (tokens, losses) in zip(run.held_out, points, strict=True):
+        for prefix, (tokens, losses) in zip(run.measured("loss"), points, strict=True):
             known = [(place, loss) for place, loss in zip(tokens, losses, strict=True) if place > 0]
             series.append(Series(f"{run.name}: {prefix}", *_columns(known), colour=colour))
         if run.parameters in predicted:

@@ -20,7 +20,6 @@ from megatron_ttl.row_file import read_rows
 METRICS, SETTINGS = "metrics.jsonl", "settings.json"
 EVENTS = ("resume", "spike", "skip", "left out")
 """Rows of metrics that mark a point of the run."""
-_LOSS = "loss/"
 _OF_EVERY_ROW = {"event", "step", "tokens", "time"}
 
 Row = dict[str, Any]
@@ -43,15 +42,15 @@ class Run:
         rows = [row for row in self.train if is_number(row.get(key))]
         return [row["tokens"] for row in rows], [row[key] for row in rows]
 
-    @property
-    def held_out(self) -> list[str]:
-        """Prefixes of the held-out datasets that were measured, in the order of their first row."""
-        return list(dict.fromkeys(key.removeprefix(_LOSS) for row in self.evaluations for key in row if key.startswith(_LOSS)))
+    def measured(self, kind: str) -> list[str]:
+        """Names of what was evaluated: held-out datasets for `loss`, tasks for `accuracy`, in the order of their first row."""
+        return list(dict.fromkeys(key.removeprefix(f"{kind}/") for row in self.evaluations for key in row
+                                  if key.startswith(f"{kind}/")))
 
-    def held_out_loss(self, prefix: str) -> tuple[list[float], list[float]]:
-        """Return tokens and nats per token of one held-out dataset."""
-        rows = [row for row in self.evaluations if is_number(row.get(_LOSS + prefix))]
-        return [row["tokens"] for row in rows], [row[_LOSS + prefix] for row in rows]
+    def evaluation(self, kind: str, name: str) -> tuple[list[float], list[float]]:
+        """Return tokens and values of one of them: nats per token, or shares of 1."""
+        rows = [row for row in self.evaluations if is_number(row.get(f"{kind}/{name}"))]
+        return [row["tokens"] for row in rows], [row[f"{kind}/{name}"] for row in rows]
 
     @property
     def energy_source(self) -> str:

@@ -144,7 +144,7 @@ def points_of(run: Run, prefix: str) -> list[Point]:
     measured = [row for row in run.train if is_number(row.get("energy_kwh"))]
     places = [row["tokens"] for row in measured]
     points = []
-    for tokens, loss in zip(*run.held_out_loss(prefix), strict=True):
+    for tokens, loss in zip(*run.evaluation("loss", prefix), strict=True):
         before = bisect_right(places, tokens)
         row = measured[before - 1] if before else {}
         kg = row.get("emissions_kg_co2e")

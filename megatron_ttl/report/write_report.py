@@ -86,7 +86,7 @@ def _energy(runs: Sequence[Run]) -> tuple[list[str], list[Table]]:
     """Return what is to be said of each held-out loss, and its table of energy: the paper's Table 6 for this run."""
     said, tables = [], []
     for run in runs:
-        for prefix in run.held_out:
+        for prefix in run.measured("loss"):
             points = points_of(run, prefix)
             if not points:
                 continue

@@ -99,8 +99,8 @@ def test_torn_incomplete_and_repeated_rows_are_counted(tmp_path):
 
 def test_held_out_losses_of_one_moment_may_stand_in_two_rows(tmp_path):
     run, = read_runs([write_run(tmp_path / "a", evaluation_rows(10, 5) + evaluation_rows(10, 5, "data/other"))])
-    assert (run.held_out, run.warnings) == (["data/held", "data/other"], [])
-    assert run.held_out_loss("data/other")[0] == [5000, 10000]
+    assert (run.measured("loss"), run.warnings) == (["data/held", "data/other"], [])
+    assert run.evaluation("loss", "data/other")[0] == [5000, 10000]
 
 
 @pytest.mark.parametrize("rows, reason", [
@@ -146,6 +146,13 @@ def test_a_run_of_unknown_size_has_no_prediction(tmp_path, model):
     run, = read_runs([folder])
     assert "does not tell the model's size" in run.warnings[0]
     assert "scaling_laws" not in figures(folder, laws=[SCALING_LAWS["besiroglu"]])
+
+
+def test_accuracy_during_training_has_bars(tmp_path):
+    rows = [{"event": "evaluation", "step": step, "tokens": step * 1000, "accuracy/agreement_pt": step / 100,
+             **({"accuracy_stderr/agreement_pt": 0.1} if step > 10 else {})} for step in (10, 20)]
+    figure = figures(write_run(tmp_path / "a", rows))["signal_agreement_pt"]
+    assert list(figure.table()) == [("a", 10000, 0.1, None), ("a", 20000, 0.2, 0.1)]
 
 
 def test_accuracy_per_checkpoint_has_bars_and_baselines():

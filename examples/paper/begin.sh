@@ -1,0 +1,57 @@
+# Read by every script of this folder: where they work, what they say of what is missing, and how they end.
+#
+#   MODEL=   model folders (default: all of models/)         RUN=   run folders (default: all of runs/)
+#   DATA=    folder with the files of tasks (tasks)          OUT=   where figures and tables go (report/paper)
+#   LIMIT=   only so many questions of each task, for a trial
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+DATA=${DATA:-tasks} OUT=${OUT:-report/paper} done_steps=0
+[ -n "${MODEL:-}" ] || MODEL=$(find -L models -mindepth 2 -maxdepth 2 -name config.json 2>/dev/null | sed 's,/[^/]*$,,' | sort || true)
+[ -n "${RUN:-}" ] || RUN=$(find -L runs -mindepth 2 -maxdepth 2 -name metrics.jsonl 2>/dev/null | sed 's,/[^/]*$,,' | sort || true)
+read -r -a models <<< "${MODEL//$'\n'/ }" || true
+read -r -a runs <<< "${RUN//$'\n'/ }" || true
+limit=(${LIMIT:+--limit "$LIMIT"})
+
+missing() { printf 'missing: %s\n' "$1" >&2; }
+
+# Run a command and count it when it worked; a failure is said, and the script goes on with what is there.
+attempt() {
+    local code=0
+    printf '\n== %s\n' "$*"
+    "$@" || code=$?
+    if [ "$code" = 130 ]; then exit 130; fi
+    if [ "$code" = 0 ]; then done_steps=$((done_steps + 1)); else missing "the command above ended with code $code"; fi
+    return 0
+}
+
+# Is there what this script needs? Say what and how to get it, if not.
+needs() {
+    if [ "$1" -eq 0 ] || [ ! -e "$2" ]; then missing "$3"; return 1; fi
+}
+
+have_models() { needs "${#models[@]}" "${models[0]:-}" "a model folder; tools/convert_to_hf.py makes one, or set MODEL"; }
+have_runs() { needs "${#runs[@]}" "${runs[0]:-}" "a run folder; pretrain_ttl.py makes one, or set RUN"; }
+have_data() { needs 1 "$DATA" "the folder $DATA; $1 --list says what belongs there, or set DATA"; }
+
+# Print the paper's rows last and apart: nothing of them stands in a column of ours. Then end with 0 if anything was done.
+finish() {
+    local table
+    for table in "$@"; do
+        printf '\n'
+        python tools/report.py --published "$table"
+    done
+    if [ "$done_steps" = 0 ]; then
+        printf 'nothing was done; see what is missing above\n' >&2
+        exit 2
+    fi
+}
+
+# Score all models on a group of tasks, and put them side by side: group, then the names of its tasks.
+score_table() {
+    local group=$1 model scored=()
+    shift
+    for model in ${models[@]+"${models[@]}"}; do
+        attempt python tools/evaluate.py --model "$model" --tasks "$group" --data "$DATA" ${limit[@]+"${limit[@]}"}
+        if [ -e "$model/scores.jsonl" ]; then scored+=("$model"); fi
+    done
+    if [ ${#scored[@]} -gt 0 ]; then attempt python tools/scores.py "${scored[@]}" --tasks "$@" --format markdown; fi
+}
