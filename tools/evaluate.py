@@ -1,41 +1,43 @@
-"""Measure a model folder on held-out text: nats per token, perplexity and bits per byte."""
+"""Measure a model: on tasks with lm-eval's metrics, or on held-out text in nats per token, perplexity and bits per byte."""
 
 from __future__ import annotations
 
-import argparse
+from megatron_ttl.evaluate.command_line import contradictions, parser
 
 
 def main() -> None:
     """Parse, evaluate, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="model folder, as tools/convert_to_hf.py writes it")
-    parser.add_argument("--perplexity", required=True, nargs="+", metavar="PREFIX",
-                        help="tokenised datasets (path without .bin), made with the tokenizer of the model")
-    parser.add_argument("--batch", type=int, default=8, help="windows at once (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, help="read at most so many of each dataset (default: all)")
-    parser.add_argument("--sequence-length", type=int,
-                        help="tokens per window (default: as many as the model has positions)")
-    parser.add_argument("--document-mask", action="store_true",
-                        help="keep documents apart, as a run with data.document_mask does")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda, else cpu")
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
+    args = parser(__doc__).parse_args()
 
-    from megatron_ttl.console import print_result, print_table
-    from megatron_ttl.evaluate.perplexity import perplexity_report
+    from megatron_ttl.errors import UserError, raise_faults
 
-    result = perplexity_report(args.model, args.perplexity, args.batch, args.max_tokens, args.sequence_length,
-                               args.device, args.dtype, args.document_mask)
-    if args.json:
-        print_result(result, as_json=True)
-        return
-    columns = ("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes", "windows", "complete")
-    rows = result["prefixes"] + ([result["total"]] if len(result["prefixes"]) > 1 else [])
-    header = ("dataset", *(column.replace("_", " ") for column in columns))
-    print_table(header, [[row["prefix"], *map(row.get, columns)] for row in rows], title=result["model"])
-    print(f"windows of {result['context_tokens']} tokens, {result['windowing']}; {result['dtype']} on "
-          f"{result['device']}, {result['tokens_per_s']:,.0f} tokens/s")
+    raise_faults(UserError, contradictions(args))
+    if args.list:
+        from megatron_ttl.evaluate.packs import task_listing
+        from megatron_ttl.evaluate.show_results import show_listing
+
+        show_listing(task_listing(args.data, args.packs), args.data, args.json)
+    elif args.perplexity:
+        from megatron_ttl.evaluate.perplexity import perplexity_report
+        from megatron_ttl.evaluate.show_results import show_perplexity
+
+        show_perplexity(perplexity_report(args.model, args.perplexity, args.batch or 8, args.max_tokens,
+                                          args.sequence_length, args.device, args.dtype, args.document_mask), args.json)
+    else:
+        from functools import partial
+
+        from megatron_ttl.evaluate.evaluate_tasks import TaskSettings, evaluate_tasks
+        from megatron_ttl.evaluate.model_places import find_places, scores_file
+        from megatron_ttl.evaluate.show_results import show_scores
+
+        places = partial(find_places, args.model, args.run, args.step, args.every_checkpoint, args.device, args.dtype)
+        settings = TaskSettings(
+            tuple(name for name in args.tasks.split(",") if name), args.data, tuple(args.packs), args.shots, args.limit,
+            32 if args.batch is None else args.batch, args.seed or 0, args.dtype, args.hub, args.again,
+            tuple(args.contamination or ()))
+        scores = evaluate_tasks(places, settings, scores_file(args.model, args.run, args.scores))
+        show_scores(scores, args.json)
+        raise_faults(UserError, scores.faults)
 
 
 if __name__ == "__main__":

@@ -233,16 +233,14 @@ def _measure(task: Task, built: Any, samples: Sequence[Mapping[str, Any]],
     """Aggregate each metric as the task says; the task's own order first."""
     from lm_eval.api.metrics import mean
 
-    several = len({sample["filter"] for sample in samples}) > 1
     values: dict[tuple[str, str], list[Any]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
-            values.setdefault((metric, sample["filter"]), []).append(sample[metric])
+            values.setdefault((_metric_name(metric, sample, samples), metric), []).append(sample[metric])
     found = {}
-    for (metric, chosen), items in values.items():
+    for (name, metric), items in values.items():
         aggregate = built.aggregation().get(metric, mean)
         value = float(aggregate(items))
-        name = f"{metric},{chosen}" if several else metric
         if math.isnan(value):
             raise DataError(f"task {task.name}: {name}: is no number for these {len(items)} items; it must be one; give "
                             "more items, or correct the rows")
@@ -251,6 +249,11 @@ def _measure(task: Task, built: Any, samples: Sequence[Mapping[str, Any]],
         raise ConfigError(f"task {task.name}: metrics: {', '.join(missing)}; what is measured is {', '.join(found)}; "
                           "correct the pack's metric_list")
     return {name: found[name] for name in [*task.metrics, *(name for name in found if name not in task.metrics)]}
+
+
+def _metric_name(metric: str, sample: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
+    """Name a metric: plainly after the task's first filter, with the filter's name after any other."""
+    return metric if sample["filter"] == samples[0]["filter"] else f"{metric},{sample['filter']}"
 
 
 def _standard_error(metric: str, aggregate: Callable[[Sequence[Any]], float], items: Sequence[Any]) -> float | None:
@@ -272,7 +275,6 @@ def _standard_error(metric: str, aggregate: Callable[[Sequence[Any]], float], it
 
 def _items(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return one row per document: number, target, answers, and what each metric made of it."""
-    several = len({sample["filter"] for sample in samples}) > 1
     items: dict[int, dict[str, Any]] = {}
     for sample in samples:
         answers = [_plain(answer[0] if isinstance(answer, tuple) else answer)
@@ -280,7 +282,7 @@ def _items(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         item = items.setdefault(sample["doc_id"], {"item": sample["doc_id"], "target": _plain(sample["target"]),
                                                    "answers": answers})
         for metric in sample["metrics"]:
-            item[f"{metric},{sample['filter']}" if several else metric] = _plain(sample[metric])
+            item[_metric_name(metric, sample, samples)] = _plain(sample[metric])
     return [items[number] for number in sorted(items)]
 
 

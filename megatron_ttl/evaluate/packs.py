@@ -86,7 +86,8 @@ def find_tasks(folders: Sequence[Path] = (), data: Path = DEFAULT_DATA, hub: boo
     return {name: _task(pack, data, hub) for name, pack in sorted(packs.items())}
 
 
-def choose_tasks(names: Sequence[str], data: Path = DEFAULT_DATA, folders: Sequence[Path] = (), hub: bool = False) -> list[Task]:
+def choose_tasks(names: Sequence[str], data: Path = DEFAULT_DATA, folders: Sequence[Path] = (),
+                 hub: bool = False) -> list[Task]:
     """Return the named tasks, those of groups in the group's order, each once.
 
     Raises:
@@ -122,7 +123,8 @@ def task_listing(data: Path = DEFAULT_DATA, folders: Sequence[Path] = ()) -> lis
     rows = []
     for name, pack in sorted(packs.items()):
         files, table = _files(pack, data), pack.file.pack
-        items, missing = None, _lacking(pack, data)
+        items = None
+        missing = _lacking(pack, data) or (f"the whole {table.files.test}, from {_place(pack)}" if files.sample else "")
         try:
             items = count_rows(files.test) if files.test else None
         except DataError as error:
@@ -169,10 +171,18 @@ def _lacking(pack: Pack, data: Path) -> str:
     if _files(pack, data).test is not None:
         return ""
     table = pack.file.pack
-    place = f"{table.hub.path}{f' ({table.hub.name})' if table.hub.name else ''} on the Hugging Face hub" if table.hub else ""
-    asked = ", or --hub where there is a network" if table.hub else ""
+    asked = ", or add --hub where there is a network" if table.hub else ""
     return (f"{table.files.test} is not in {data}; must be there, one JSON object per line with "
-            f"{', '.join(table.rows)}; get it from {place or table.source} ({table.license}){asked}")
+            f"{', '.join(table.given or table.rows)}; get it from {_place(pack)}{asked}")
+
+
+def _place(pack: Pack) -> str:
+    """Return where the rows of a task come from, and under which licence."""
+    table = pack.file.pack
+    if table.hub is None:
+        return f"{table.source} (licence: {table.license})"
+    name = f" ({table.hub.name})" if table.hub.name else ""
+    return f"{table.hub.path}{name} on the Hugging Face hub (licence: {table.license})"
 
 
 def _hub_rows(hub: HubTable, pack: Pack) -> dict[str, Iterator[dict[str, Any]]]:
@@ -278,9 +288,11 @@ def _add_groups(path: Path, raw: dict[str, Any], groups: dict[str, tuple[Path, t
     faults = []
     for name, members in raw.items():
         if not (isinstance(members, list) and members and all(isinstance(member, str) for member in members)):
-            faults.append(f"{path}: {name}: is {str(members)[:60]!r}; must be a list of names of tasks; write {name}: [task, task]")
+            faults.append(f"{path}: {name}: is {str(members)[:60]!r}; must be a list of names of tasks; "
+                          f"write {name}: [task, task]")
         elif name in groups:
-            faults.append(f"{path}: {name}: is also a group of {groups[name][0]}; every group must have its own name; rename one")
+            faults.append(f"{path}: {name}: is also a group of {groups[name][0]}; every group must have its own name; "
+                          "rename one")
         else:
             groups[str(name)] = (path, tuple(members))
     return faults
@@ -305,14 +317,16 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         import yaml
     except ImportError:
-        raise ConfigError("PyYAML is not installed; it is needed for task packs; pip install 'megatron_ttl[evaluation]'") from None
+        raise ConfigError("PyYAML is not installed; it is needed for task packs; "
+                          "pip install 'megatron_ttl[evaluation]'") from None
 
     class PackLoader(yaml.SafeLoader):
         """Plain values, `!function`, no references: a few of them could stand for billions of values."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.events.AliasEvent):
-                raise yaml.MarkedYAMLError(problem="references (*name) are not read", problem_mark=self.peek_event().start_mark)
+                raise yaml.MarkedYAMLError(problem="references (*name) are not read",
+                                           problem_mark=self.peek_event().start_mark)
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
