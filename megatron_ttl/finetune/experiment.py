@@ -162,7 +162,7 @@ def _train_all(request: Request, task: ClassificationTask, backbone: Backbone, t
         if not (folder / TRAINING).is_file():
             label, total = f"{task.name}, seed {seed}", request.training.epochs * len(train.labels)
             try:
-                with progress(label, total, " texts") as report:
+                with progress(label, total, "texts") as report:
                     row = train_seed(backbone, train, validation, task.label_names, task.metric, request.training, seed,
                                      folder, device, request.untrained, report)
             except KeyboardInterrupt:
@@ -193,7 +193,7 @@ def _judge(request: Request, task: ClassificationTask, files: TaskFiles, rows: S
         folder = output / f"seed-{row['seed']}"
         classifier = load_classifier(folder / CLASSIFIER, request.device)
         encoded = classifier.encode(texts)
-        with progress(f"{task.name}, test, seed {row['seed']}", len(encoded), " texts") as report:
+        with progress(f"{task.name}, test, seed {row['seed']}", len(encoded), "texts") as report:
             logits = all_logits(classifier.module, encoded, classifier.pad_id, 2 * request.training.batch, device,
                                 request.training.dtype, report)
         predicted = logits.argmax(-1).tolist()

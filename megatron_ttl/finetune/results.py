@@ -190,12 +190,12 @@ def comparison_table(outputs: Sequence[str | os.PathLike[str]], metric: str = "a
     results = [read_result(output) for output in outputs]
     tasks = list(dict.fromkeys(_task_label(result) for result in results))
     raise_faults(DataError, _test_faults(outputs, results))
-    common = _usual_hyper_parameters(results)
+    common = _most_frequent(results)
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     faults = []
     for output, result in zip(outputs, results, strict=True):
-        other = [f"{key} {json.dumps(value)}" for key, value in _hyper_parameters(result).items() if value != common.get(key)]
-        label, task = f"{_label(result)}{f' ({', '.join(other)})' if other else ''}", _task_label(result)
+        other = [f"{key} {json.dumps(value)}" for key, value in _training_of(result).items() if value != common.get(key)]
+        label, task = _label(result) + (f" ({', '.join(other)})" if other else ""), _task_label(result)
         if task in cells.setdefault(label, {}):
             faults.append(f"{output}: is a second result of {label} on {task}; a table has one in each place; leave one out")
         cells[label][task] = result["summary"][metric]
@@ -223,13 +223,16 @@ def _test_faults(outputs: Sequence[str | os.PathLike[str]], results: Sequence[di
     return faults
 
 
-def _usual_hyper_parameters(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the most frequent value of each; of [CLS] and [SEP] every value is usual, for the family decides."""
-    found = {}
-    for key in _hyper_parameters(results[0]):
-        values = [json.dumps(_hyper_parameters(result)[key]) for result in results]
-        found[key] = json.loads(Counter(values).most_common(1)[0][0])
-    return found
+def _training_of(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what two models of one table should have in common; how they read texts is their own."""
+    pooling = {"pooling": "mean"} if result["pooling"] == "mean" else {}
+    return {**result["training"], "validation": result["validation"], "split_seed": result["split_seed"], **pooling}
+
+
+def _most_frequent(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the value of each hyper-parameter that most results have."""
+    every = [_training_of(result) for result in results]
+    return {key: Counter(row[key] for row in every).most_common(1)[0][0] for key in every[0] if key != "pooling"}
 
 
 def _label(result: dict[str, Any]) -> str:

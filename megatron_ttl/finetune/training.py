@@ -133,7 +133,7 @@ def _step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tens
     loss.backward()
     nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
     optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def _validate(module: nn.Module, rows: LabelledTexts, names: Sequence[str], pad_id: int, settings: HyperParameters,
