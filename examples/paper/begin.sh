@@ -45,13 +45,17 @@ finish() {
     fi
 }
 
-# Score all models on a group of tasks, and put them side by side: group, then the names of its tasks.
+# Score all models on a group of tasks, and put side by side what came out: group, then the names of its tasks.
 score_table() {
-    local group=$1 model scored=()
+    local group=$1 model task scored=() known=()
     shift
     for model in ${models[@]+"${models[@]}"}; do
         attempt python tools/evaluate.py --model "$model" --tasks "$group" --data "$DATA" ${limit[@]+"${limit[@]}"}
         if [ -e "$model/scores.jsonl" ]; then scored+=("$model"); fi
     done
-    if [ ${#scored[@]} -gt 0 ]; then attempt python tools/scores.py "${scored[@]}" --tasks "$@" --format markdown; fi
+    if [ ${#scored[@]} -eq 0 ]; then return 0; fi
+    for task in "$@"; do
+        if grep -qs "\"task\": \"$task\"" "${scored[@]/%//scores.jsonl}"; then known+=("$task"); else missing "a score of $task"; fi
+    done
+    if [ ${#known[@]} -gt 0 ]; then attempt python tools/scores.py "${scored[@]}" --tasks "${known[@]}" --format markdown; fi
 }
