@@ -45,17 +45,19 @@ finish() {
     fi
 }
 
-# Score all models on a group of tasks, and put side by side what came out: group, then the names of its tasks.
+# Score all models on some tasks, one after another so that one without data keeps none from being scored; then put side by
+# side what came out.
 score_table() {
-    local group=$1 model task scored=() known=()
-    shift
+    local model task scored=() known=()
     for model in ${models[@]+"${models[@]}"}; do
-        attempt python tools/evaluate.py --model "$model" --tasks "$group" --data "$DATA" ${limit[@]+"${limit[@]}"}
+        for task in "$@"; do
+            attempt python tools/evaluate.py --model "$model" --tasks "$task" --data "$DATA" ${limit[@]+"${limit[@]}"}
+        done
         if [ -e "$model/scores.jsonl" ]; then scored+=("$model"); fi
     done
     if [ ${#scored[@]} -eq 0 ]; then return 0; fi
     for task in "$@"; do
-        if grep -qs "\"task\": \"$task\"" "${scored[@]/%//scores.jsonl}"; then known+=("$task"); else missing "a score of $task"; fi
+        if grep -qs "\"task\": \"$task\"" "${scored[@]/%//scores.jsonl}"; then known+=("$task"); fi
     done
     if [ ${#known[@]} -gt 0 ]; then attempt python tools/scores.py "${scored[@]}" --tasks "${known[@]}" --format markdown; fi
 }

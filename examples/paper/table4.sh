@@ -4,6 +4,6 @@
 set -euo pipefail
 . "$(dirname "$0")/begin.sh"
 if have_models && have_data tools/evaluate.py; then
-    score_table ttl_table4 arc_pt_ttl hellaswag_pt_ttl mmlu_pt_ttl truthfulqa_pt_mc2_ttl
+    score_table arc_pt_ttl hellaswag_pt_ttl mmlu_pt_ttl truthfulqa_pt_mc2_ttl
 fi
 finish ttl_table4

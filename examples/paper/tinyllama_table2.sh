@@ -4,6 +4,6 @@
 set -euo pipefail
 . "$(dirname "$0")/begin.sh"
 if have_models && have_data tools/evaluate.py; then
-    score_table tinyllama_table2 hellaswag openbookqa winogrande arc_easy arc_challenge boolq piqa
+    score_table hellaswag openbookqa winogrande arc_easy arc_challenge boolq piqa
 fi
 finish tinyllama_table2

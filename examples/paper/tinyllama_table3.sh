@@ -4,6 +4,6 @@
 set -euo pipefail
 . "$(dirname "$0")/begin.sh"
 if have_models && have_data tools/evaluate.py; then
-    score_table tinyllama_table3 mmlu_instructeval bbh_instructeval humaneval_instructeval drop_instructeval
+    score_table mmlu_instructeval bbh_instructeval humaneval_instructeval drop_instructeval
 fi
 finish tinyllama_table3
