@@ -96,7 +96,7 @@ def _draw(axes: Any, series: Series, number: int) -> None:
     if series.kind == "raw":
         axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.7)
     elif series.kind == "level":
-        axes.axhline(values[0], color=colour, linestyle=":", linewidth=1.2, label=label)
+        axes.axhline(values[0], color=colour, linestyle=_LINES[1 + series.colour % 3], linewidth=1.2, label=label)
     elif series.kind == "points":
         errors = [(series.errors or {})[place] or 0.0 for place in keep] if series.errors else None
         axes.errorbar(tokens, values, errors, color=colour, marker=_POINTS[series.colour % len(_POINTS)], markersize=5,

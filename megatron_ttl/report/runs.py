@@ -20,6 +20,7 @@ from megatron_ttl.row_file import read_rows
 METRICS, SETTINGS = "metrics.jsonl", "settings.json"
 EVENTS = ("resume", "spike", "skip", "left out")
 """Rows of metrics that mark a point of the run."""
+_OF_TRAINING = ("event", "tokens", "loss", "lr", "grad_norm", "energy_kwh", "emissions_kg_co2e", "energy_source")
 _OF_EVERY_ROW = {"event", "step", "tokens", "time"}
 
 Row = dict[str, Any]
@@ -98,7 +99,8 @@ def _read_run(name: str, folder: Path) -> Run:
                 continue
             before = kept.pop((event, tokens), {})
             repeated += bool(before.keys() & row.keys() - _OF_EVERY_ROW)
-            kept[event, tokens] = {**before, **{printable(key): value for key, value in row.items()}}
+            wanted = _OF_TRAINING if event == "train" else row  # what else a row has would be kept a million times
+            kept[event, tokens] = {**before, **{printable(key): row[key] for key in wanted if key in row}}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); it must be the rows of a run; give the folder "
                         "that run.dir names") from None

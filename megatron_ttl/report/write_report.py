@@ -15,13 +15,14 @@ from megatron_ttl.files import atomic_write, or_disk_error, write_text
 from megatron_ttl.plan.scaling_laws import choose_laws
 from megatron_ttl.report import html, plots
 from megatron_ttl.report.curves import run_figures, score_figures
-from megatron_ttl.report.figure import TABLE_HEADER, Figure
+from megatron_ttl.report.figure import TABLE_HEADER, Figure, thinned
 from megatron_ttl.report.runs import Run, read_runs
-from megatron_ttl.report.saturation import ENERGY_HEADER, energy_table, points_of, saturation, sentences
+from megatron_ttl.report.saturation import ENERGY_HEADER, Point, energy_table, points_of, saturation, sentences
 
 FORMATS = ("html", "png", "svg", "csv")
 SCORES = "scores.jsonl"
-Table = tuple[str, Sequence[str], list[tuple[Any, ...]]]
+MOST_ROWS = 40
+"""Of a table of energy on screen and page; gains are since the row above. energy.csv has all."""
 
 
 def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None,
@@ -51,7 +52,9 @@ def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.Pat
     figures += of_scores
     if unplaced:
         warnings.append(f"{unplaced:,} scores do not say how many tokens their model had seen; they are in no figure")
-    said, tables = _energy(runs)
+    said, energy = _energy(runs)
+    tables = [(caption, ENERGY_HEADER, list(energy_table([points[place] for place in thinned(len(points), MOST_ROWS)])))
+              for caption, points in energy]
     for warning in warnings:
         console.print_warning(warning)
     for caption, header, rows in tables:
@@ -61,6 +64,10 @@ def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.Pat
     if output is not None:
         with or_disk_error(Path(output)):
             _write(Path(output), figures, formats, [_title(runs), [*said, *warnings], tables])
+            if "csv" in formats and energy:
+                with atomic_write(Path(output) / "energy.csv", "w") as handle:
+                    write_rows(handle, ("run", *ENERGY_HEADER), ((caption, *row) for caption, points in energy
+                                                                 for row in energy_table(points)))
         print(f"{len(figures)} figures: {output}")
 
 
@@ -82,9 +89,9 @@ def _records(runs: Sequence[Run], files: Iterable[str | os.PathLike[str]]) -> It
         yield from read_records(path)
 
 
-def _energy(runs: Sequence[Run]) -> tuple[list[str], list[Table]]:
-    """Return what is to be said of each held-out loss, and its table of energy: the paper's Table 6 for this run."""
-    said, tables = [], []
+def _energy(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[Point]]]]:
+    """Return what is to be said of each held-out loss, and its points: the paper's Table 6 for this run."""
+    said, energy = [], []
     for run in runs:
         for prefix in run.measured("loss"):
             points = points_of(run, prefix)
@@ -92,8 +99,8 @@ def _energy(runs: Sequence[Run]) -> tuple[list[str], list[Table]]:
                 continue
             said += [f"{run.name}, {prefix}: {sentence}" for sentence in sentences(saturation(points))]
             source = f" (energy: {run.energy_source})" if run.energy_source else ""
-            tables.append((f"{run.name}, {prefix}{source}", ENERGY_HEADER, list(energy_table(points))))
-    return said, tables
+            energy.append((f"{run.name}, {prefix}{source}", points))
+    return said, energy
 
 
 def _write(folder: Path, figures: Sequence[Figure], formats: Sequence[str], page: list[Any]) -> None:
@@ -109,9 +116,6 @@ def _write(folder: Path, figures: Sequence[Figure], formats: Sequence[str], page
                     with atomic_write(folder / f"{figure.name}.{form}") as handle:
                         handle.write(content(figure))
             report(number)
-    if "csv" in formats and tables:
-        with atomic_write(folder / "energy.csv", "w") as handle:
-            write_rows(handle, ("run", *ENERGY_HEADER), ((caption, *row) for caption, _, rows in tables for row in rows))
     if "html" in formats:
         write_text(folder / "report.html", html.page(title, paragraphs, tables, [(one, drawn[one.name]) for one in figures]))
 

@@ -172,6 +172,15 @@ def test_a_place_that_is_a_file_is_a_sentence(report, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_long_tables_of_energy_are_thinned_and_their_gains_are_those_of_the_rows_shown(tmp_path, capsys):
+    write_report([write_run(tmp_path / "a", train_rows(100) + evaluation_rows(100, 1))], tmp_path / "out", ["csv"])
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")][1:]
+    assert len(shown) == 34 and [float(row[6]) for row in shown[1:]] == [0.03] * 33
+    with open(tmp_path / "out" / "energy.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == 100 and float(rows[-1]["kWh spent"]) == pytest.approx(0.01)
+
+
 def test_warnings_and_sentences_are_printed(report, capsys):
     write_report([report / HOSTILE, report / "b"], scores=[report / "more.jsonl"])
     said = capsys.readouterr()
