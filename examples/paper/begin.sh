@@ -5,8 +5,15 @@
 #   LIMIT=   only so many questions of each task, for a trial
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 DATA=${DATA:-tasks} OUT=${OUT:-report/paper} done_steps=0
-[ -n "${MODEL:-}" ] || MODEL=$(find -L models -mindepth 2 -maxdepth 2 -name config.json 2>/dev/null | sed 's,/[^/]*$,,' | sort || true)
-[ -n "${RUN:-}" ] || RUN=$(find -L runs -mindepth 2 -maxdepth 2 -name metrics.jsonl 2>/dev/null | sed 's,/[^/]*$,,' | sort || true)
+
+# Print the folders, two levels deep at most, that hold a file of this name: name, then where to look.
+folders_with() {
+    local name=$1
+    shift
+    find -L "$@" -mindepth 2 -maxdepth 2 -name "$name" 2>/dev/null | sed 's,/[^/]*$,,' | sort || true
+}
+[ -n "${MODEL:-}" ] || MODEL=$(folders_with config.json models)
+[ -n "${RUN:-}" ] || RUN=$(folders_with metrics.jsonl runs)
 read -r -a models <<< "${MODEL//$'\n'/ }" || true
 read -r -a runs <<< "${RUN//$'\n'/ }" || true
 limit=(${LIMIT:+--limit "$LIMIT"})

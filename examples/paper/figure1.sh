@@ -4,6 +4,7 @@
 set -euo pipefail
 . "$(dirname "$0")/begin.sh"
 if have_runs; then
-    attempt python tools/report.py "${runs[@]}" --output "$OUT/figure1" --constants ttl-paper hoffmann-text hoffmann-tex besiroglu
+    attempt python tools/report.py "${runs[@]}" --output "$OUT/figure1" \
+        --constants ttl-paper hoffmann-text hoffmann-tex besiroglu
 fi
 finish ttl_figure1b

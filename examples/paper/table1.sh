@@ -3,7 +3,7 @@
 #   TOKENIZERS="tokenizers/ttl BERTimbau=vocab.txt" TEXT="a.txt b.jsonl.gz" bash examples/paper/table1.sh
 set -euo pipefail
 . "$(dirname "$0")/begin.sh"
-[ -n "${TOKENIZERS:-}" ] || TOKENIZERS=$(find -L tokenizers demo -maxdepth 2 -name tokenizer.model 2>/dev/null | sed 's,/[^/]*$,,' | sort || true)
+[ -n "${TOKENIZERS:-}" ] || TOKENIZERS=$(folders_with tokenizer.model tokenizers demo)
 [ -n "${TEXT:-}" ] || TEXT=$(find -L data demo -maxdepth 1 -name '*.jsonl' 2>/dev/null | sort | sed -n 1p || true)
 read -r -a tokenizers <<< "${TOKENIZERS//$'\n'/ }" || true
 read -r -a texts <<< "$TEXT" || true

@@ -10,7 +10,8 @@ if have_models && have_data tools/finetune.py; then
     for task in "${tasks[@]}"; do
         for model in "${models[@]}"; do
             output="$OUT/table5/$task/$(basename "$model")"
-            attempt python tools/finetune.py --task "$task" --model "$model" --data "$DATA" --seeds "${SEEDS:-3}" --output "$output"
+            attempt python tools/finetune.py --task "$task" --model "$model" --data "$DATA" \
+                --seeds "${SEEDS:-3}" --output "$output"
             if [ -e "$output" ]; then outputs+=("$output"); fi
         done
     done

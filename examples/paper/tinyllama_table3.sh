@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TinyLlama, Table 3: the four tasks of InstructEval. HumanEval runs what the model wrote, in a process that may do nothing else.
+# TinyLlama, Table 3: the four tasks of InstructEval. HumanEval runs what the model wrote, in a jail.
 #   MODEL="models/a" DATA=tasks bash examples/paper/tinyllama_table3.sh
 set -euo pipefail
 . "$(dirname "$0")/begin.sh"

@@ -52,6 +52,7 @@ def choose_laws(names: Iterable[str]) -> list[ScalingLaw]:
         ConfigError: a name is not known.
     """
     wanted = list(dict.fromkeys(names))
+    unknown = [name for name in wanted if name not in SCALING_LAWS]
     raise_faults(ConfigError, (f"--constants: {name!r} is not known; it must be one of {', '.join(SCALING_LAWS)}; "
-                               f"{closest(name, SCALING_LAWS) or 'correct it'}" for name in wanted if name not in SCALING_LAWS))
+                               f"{closest(name, SCALING_LAWS) or 'correct it'}" for name in unknown))
     return [SCALING_LAWS[name] for name in wanted]

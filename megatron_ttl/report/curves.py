@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -44,10 +44,12 @@ def run_figures(runs: Sequence[Run], laws: Sequence[ScalingLaw] = (), window: fl
     """
     longest = max((run.train[-1]["tokens"] for run in runs if run.train), default=0)
     window = window or max(1.0, longest / _WINDOW_SHARE)
-    figures = [_training_loss(runs, window), _held_out(runs, "held_out_loss", "Held-out loss", "nats per token", lambda loss: loss),
+    figures = [_training_loss(runs, window),
+               _held_out(runs, "held_out_loss", "Held-out loss", "nats per token", lambda loss: loss),
                _held_out(runs, "held_out_perplexity", "Held-out perplexity", "perplexity",
                          lambda loss: math.exp(min(loss, _LARGEST_EXPONENT))),
-               _predictions(runs, laws), *_signals(runs), _column(runs, "lr", "learning_rate", "Learning rate", "learning rate"),
+               _predictions(runs, laws), *_signals(runs),
+               _column(runs, "lr", "learning_rate", "Learning rate", "learning rate"),
                _column(runs, "grad_norm", "gradient_norm", "Gradient norm before clipping", "gradient norm")]
     return [figure for figure in figures if any(len(series.tokens) for series in figure.series)]
 
@@ -60,11 +62,12 @@ def _training_loss(runs: Sequence[Run], window: float) -> Figure:
         series.append(Series(run.name, tokens, smooth(tokens, losses, window), colour=colour))
     marks = [Mark(row["event"], run.name, row["tokens"]) for run in runs for row in run.events]
     return Figure("training_loss", "Training loss", "nats per token", series, marks,
-                  f"Strong line: mean over {window:,.0f} tokens around each point, fewer at both ends. Faint line: as logged. "
-                  "Steps that moved no weight have no loss.")
+                  f"Strong line: mean over {window:,.0f} tokens around each point, fewer at both ends. "
+                  "Faint line: as logged. Steps that moved no weight have no loss.")
 
 
-def _held_out(runs: Sequence[Run], name: str, title: str, unit: str, scale) -> Figure:
+def _held_out(runs: Sequence[Run], name: str, title: str, unit: str,
+              scale: Callable[[float], float]) -> Figure:
     series = []
     for colour, run in enumerate(runs):
         for prefix in run.measured("loss"):
@@ -81,7 +84,8 @@ def _signals(runs: Sequence[Run]) -> Iterator[Figure]:
             tokens, values = run.evaluation("accuracy", task)
             errors = dict(zip(*run.evaluation("accuracy_stderr", task), strict=True))
             series.append(Series(run.name, tokens, values, [errors.get(place) for place in tokens], "points", colour))
-        yield Figure(file_stem(f"signal_{task}"), f"{task}, during training", "accuracy", series, note="Bars: one standard error.")
+        yield Figure(file_stem(f"signal_{task}"), f"{task}, during training", "accuracy", series,
+                     note="Bars: one standard error.")
 
 
 def _predictions(runs: Sequence[Run], laws: Sequence[ScalingLaw]) -> Figure:
@@ -100,8 +104,9 @@ def _predictions(runs: Sequence[Run], laws: Sequence[ScalingLaw]) -> Figure:
             continue
         predicted.add(run.parameters)
         grid = np.geomspace(min(min(seen), max(seen) / 10), max(seen), 50).tolist()
-        series += [Series(f"{law.name}, {run.parameters:,} parameters", grid, [law.loss(run.parameters, place) for place in grid],
-                          kind="prediction", colour=len(runs) + number) for number, law in enumerate(laws)]
+        series += [Series(f"{law.name}, {run.parameters:,} parameters", grid,
+                          [law.loss(run.parameters, place) for place in grid], kind="prediction",
+                          colour=len(runs) + number) for number, law in enumerate(laws)]
     sources = "; ".join(f"{law.name}: {law.source}" for law in laws)
     return Figure("scaling_laws", "Held-out loss and scaling laws", "nats per token", series, log_x=True,
                   note=f"Not to be compared in level: {OTHER_TOKENIZER}. {sources}.")
@@ -134,7 +139,8 @@ def score_figures(records: Iterable[ScoreRecord]) -> tuple[list[Figure], int]:
         groups.setdefault(alike, {})[_label(record), record.model.tokens] = record
     found = [list(group.values()) for group in groups.values()]
     names = [file_stem(f"score_{records[0].task}_{records[0].metric}") for records in found]
-    names = [f"{name}_{1 + names[:number].count(name)}" if name in names[:number] else name for number, name in enumerate(names)]
+    names = [f"{name}_{1 + names[:number].count(name)}" if name in names[:number] else name
+             for number, name in enumerate(names)]
     return [_score_figure(name, records) for name, records in zip(names, found, strict=True)], unplaced
 
 
@@ -161,8 +167,8 @@ def _score_figure(name: str, records: Sequence[ScoreRecord]) -> Figure:
 def _score_notes(records: Sequence[ScoreRecord]) -> Iterator[str]:
     one = records[0]
     asked = sorted({record.n for record in records})
-    yield (f"{one.task} {one.version} ({one.definition}), {one.shots} shots, {' or '.join(f'{n:,}' for n in asked)} questions; "
-           "bars: one standard error.")
+    yield (f"{one.task} {one.version} ({one.definition}), {one.shots} shots, {' or '.join(f'{n:,}' for n in asked)} "
+           "questions; bars: one standard error.")
     if one.limit is not None:
         yield f"Only the first {one.limit:,} questions."
     if any(record.sample for record in records):

@@ -12,8 +12,8 @@ from megatron_ttl.report.figure import TABLE_HEADER, Figure, thinned
 MOST_ROWS = 60
 """Of a figure's numbers on the page; its CSV file has all."""
 _STYLE = """
-body { font: 16px/1.5 "DejaVu Sans", Verdana, sans-serif; color: #1a1a1a; background: #ffffff; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem; }
+body { font: 16px/1.5 "DejaVu Sans", Verdana, sans-serif; color: #1a1a1a; background: #ffffff;
+       max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 svg { max-width: 100%; height: auto; }
 figure { margin: 2rem 0; }
 figcaption { font-size: 0.9rem; }

@@ -69,7 +69,8 @@ class Published:
         for row in self.table(table):
             if row[column] == key:
                 return row
-        raise DataError(f"{self._folder}/{table}.csv: has no row whose {column} is {key!r}; it must have one; restore the file")
+        raise DataError(f"{self._folder}/{table}.csv: has no row whose {column} is {key!r}; it must have one; "
+                        "restore the file")
 
     def ttl(self, key: str) -> PublishedRow:
         """Return a figure of TeenyTinyLlama's text."""
@@ -88,7 +89,8 @@ def paper_checks(folder: str | os.PathLike[str]) -> list[Check]:
     """
     published = Published(folder)
     parts: Sequence[Callable[[Published], Iterator[Check]]] = (
-        _tokenizers, _sizes, _lengths, _scaling, _averages, _checkpoints, _energy_table, _energy_text, _generation, _tinyllama)
+        _tokenizers, _sizes, _lengths, _scaling, _averages, _checkpoints, _energy_table, _energy_text, _generation,
+        _tinyllama)
     return [check for part in parts for check in part(published)]
 
 
@@ -108,7 +110,8 @@ def print_checks(folder: str | os.PathLike[str], as_json: bool = False) -> None:
         print_result({"counts": counts, "checks": rows}, as_json=True)
         return
     print_table(HEADER, [(check.figure, "-" if check.printed is None else f"{check.printed:,f}", _like(check), check.verdict,
-                          check.source, check.note) for check in checks], title="published figures, recomputed from published rows")
+                          check.source, check.note) for check in checks],
+                title="published figures, recomputed from published rows")
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
 
 
@@ -170,7 +173,8 @@ def _lengths(published: Published) -> Iterator[Check]:
     parameters = 4.6e8
     optimum = published.ttl("tokens_per_parameter").number("value") * parameters
     yield _check(published.ttl("steps_past_optimum"), "value", "steps of TTL-460m past 20 tokens per parameter",
-                 steps.number("ttl_460m") - optimum / step.number("ttl_460m"), "for 460e6 parameters: 9.2e9 tokens, not 9.5e9")
+                 steps.number("ttl_460m") - optimum / step.number("ttl_460m"),
+                 "for 460e6 parameters: 9.2e9 tokens, not 9.5e9")
 
 
 def _scaling(published: Published) -> Iterator[Check]:
@@ -182,7 +186,8 @@ def _scaling(published: Published) -> Iterator[Check]:
     for key, parameters in (("160m", 160e6), ("460m", 460e6)):
         row = published.ttl(f"optimal_tokens_{key}")
         yield _check(row, "value", f"tokens of TTL-{key} at 20 per parameter",
-                     published.ttl("tokens_per_parameter").number("value") * parameters, "printed in millions; billions are meant")
+                     published.ttl("tokens_per_parameter").number("value") * parameters,
+                     "printed in millions; billions are meant")
     for parameters, tokens in ((160e6, 3.5e9), (460e6, 9.3e9), (460e6, 9.5e9)):
         yield _unprinted(constants[0], f"loss for {parameters:.3g} parameters, {tokens:.3g} tokens, as printed",
                          printed.loss(parameters, tokens))
@@ -200,14 +205,16 @@ def _scaling(published: Published) -> Iterator[Check]:
             yield Check(f"optimal tokens of {model}, {law.name}", law.optimal_tokens(parameters), None, law.source)
             if model in measured:
                 row = measured[model]
-                yield Check(f"loss of {model} at its end, {law.name}", law.loss(parameters, _trained(published, model)), None,
-                            law.source, f"measured {row['loss']}, with another tokenizer")
+                loss = law.loss(parameters, _trained(published, model))
+                yield Check(f"loss of {model} at its end, {law.name}", loss, None, law.source,
+                            f"measured {row['loss']}, with another tokenizer")
 
 
 def _trained(published: Published, model: str) -> float:
     """Return the tokens that a TTL model was trained on."""
     column = model.lower().replace("-", "_")
-    return math.prod(published.row("ttl_table3", key, "setting").number(column) for key in ("tokens_per_batch", "training_steps"))
+    return math.prod(published.row("ttl_table3", key, "setting").number(column)
+                     for key in ("tokens_per_batch", "training_steps"))
 
 
 def _averages(published: Published) -> Iterator[Check]:
@@ -242,8 +249,8 @@ def _checkpoints(published: Published) -> Iterator[Check]:
 
 def table6(published: Published) -> Saturation:
     """Look at Table 6 as at any run."""
-    return saturation([Point(row.number("tokens"), math.log(row.number("perplexity")), row.number("kwh"), row.number("kg_co2e"))
-                       for row in published.table("ttl_table6")])
+    return saturation([Point(row.number("tokens"), math.log(row.number("perplexity")), row.number("kwh"),
+                             row.number("kg_co2e")) for row in published.table("ttl_table6")])
 
 
 def _energy_table(published: Published) -> Iterator[Check]:
@@ -252,7 +259,8 @@ def _energy_table(published: Published) -> Iterator[Check]:
     for row in rows:
         yield _check(row, "tokens_printed", f"tokens of TTL-460m at {row['steps']} steps", row.number("steps") * per_step)
     found = table6(published)
-    yield _check(published.ttl("second_half_perplexity"), "value", "perplexity bought by the second half", found.latter.perplexity)
+    yield _check(published.ttl("second_half_perplexity"), "value", "perplexity bought by the second half",
+                 found.latter.perplexity)
     for name, stretch in (("first row to the half", found.former), ("second half", found.latter)):
         yield _unprinted(rows[0], f"kWh, {name}", stretch.kwh or math.nan, f"{stretch.perplexity:.2f} perplexity")
         yield _unprinted(rows[0], f"kWh per 0.01 nat, {name}", stretch.kwh_per_centinat or math.nan)
@@ -268,7 +276,8 @@ def _energy_text(published: Published) -> Iterator[Check]:
     per_hour = 3600
     for model in ("160m", "460m"):
         seconds = published.ttl(f"seconds_{model}")
-        yield _check(published.ttl(f"hours_{model}"), "value", f"hours of TTL-{model} by the log", seconds.number("value") / per_hour)
+        yield _check(published.ttl(f"hours_{model}"), "value", f"hours of TTL-{model} by the log",
+                     seconds.number("value") / per_hour)
         yield _unprinted(seconds, f"mean tokens per second of TTL-{model}",
                          _trained(published, f"TTL-{model}") / seconds.number("value"))
     for key in ("kwh_460m", "kg_460m"):

@@ -20,7 +20,8 @@ _MOST_POINTS = 2000  # per curve: more than pixels, less than megabytes
 _SIZE_INCHES, _DOTS_PER_INCH = (8.0, 4.6), 150
 _INK = "#1a1a1a"
 _SETTINGS = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10, "text.parse_math": False, "svg.fonttype": "none", "path.simplify": True,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10, "text.parse_math": False,
+    "svg.fonttype": "none", "path.simplify": True,
     "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": _INK,
     "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "white", "axes.facecolor": "white",
     "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6,
@@ -105,12 +106,13 @@ def _draw(axes: Any, series: Series, number: int) -> None:
         axes.plot(tokens, values, color=colour, linestyle=_LINES[1 + series.colour % 3], linewidth=1.2, label=label)
     else:
         few = len(tokens) <= 30
-        axes.plot(tokens, values, color=colour, linestyle=_LINES[(series.colour // len(PALETTE)) % len(_LINES)], linewidth=1.6,
+        again = series.colour // len(PALETTE)
+        axes.plot(tokens, values, color=colour, linestyle=_LINES[again % len(_LINES)], linewidth=1.6,
                   marker=_POINTS[number % len(_POINTS)] if few else None, markersize=4, label=label)
 
 
 def _label(text: str) -> str:
-    """Keep matplotlib from leaving a name out of the legend because it begins with an underscore; SVG from control characters."""
+    """Keep matplotlib from leaving out of the legend what begins with an underscore; keep control characters out of SVG."""
     return printable(f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text)
 
 

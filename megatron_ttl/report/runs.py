@@ -44,7 +44,7 @@ class Run:
         return [row["tokens"] for row in rows], [row[key] for row in rows]
 
     def measured(self, kind: str) -> list[str]:
-        """Names of what was evaluated: held-out datasets for `loss`, tasks for `accuracy`, in the order of their first row."""
+        """Names of what was evaluated, as their rows come: held-out datasets for `loss`, tasks for `accuracy`."""
         return list(dict.fromkeys(key.removeprefix(f"{kind}/") for row in self.evaluations for key in row
                                   if key.startswith(f"{kind}/")))
 
@@ -56,7 +56,8 @@ class Run:
     @property
     def energy_source(self) -> str:
         """How each component's energy came about: `cpu estimated, gpu measured`."""
-        sources = next((row["energy_source"] for row in reversed(self.train) if isinstance(row.get("energy_source"), dict)), {})
+        known = (row.get("energy_source") for row in reversed(self.train))
+        sources = next((source for source in known if isinstance(source, dict)), {})
         return ", ".join(f"{component} {how}" for component, how in sorted(sources.items()))
 
 

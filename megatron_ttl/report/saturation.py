@@ -117,7 +117,8 @@ def saturation(points: Sequence[Point], share: float = LATTER_PART, confidence: 
         ConfigError: scipy is missing.
     """
     if not points:
-        raise DataError("saturation: no held-out loss; it needs some to look at; let the run evaluate (evaluation.every_steps)")
+        raise DataError("saturation: no held-out loss; it needs some to look at; let the run evaluate "
+                        "(evaluation.every_steps)")
     return Saturation(points, share, _slope(points[_middle(points, share):], confidence))
 
 
@@ -168,11 +169,11 @@ def sentences(found: Saturation, confidence: float = CONFIDENCE) -> Iterator[str
     slope = found.slope
     part = f"the last {found.share:.0%} of the tokens"
     if slope is None:
-        yield (f"not told: {part} hold {len(found.points) - _middle(found.points, found.share)} held-out losses; a slope with "
-               f"an interval needs {_FEWEST}.")
+        held = len(found.points) - _middle(found.points, found.share)
+        yield f"not told: {part} hold {held} held-out losses; a slope with an interval needs {_FEWEST}."
     else:
-        yield (f"{slope.verdict}: over {part} loss changes by {slope.per_decade:+.3f} nats per decade of tokens ({confidence:.0%} "
-               f"interval {slope.low:+.3f} to {slope.high:+.3f}, {slope.points} points).")
+        yield (f"{slope.verdict}: over {part} loss changes by {slope.per_decade:+.3f} nats per decade of tokens "
+               f"({confidence:.0%} interval {slope.low:+.3f} to {slope.high:+.3f}, {slope.points} points).")
     if len(found.points) > 1:
         for name, stretch in (("first", found.former), ("second", found.latter)):
             if stretch.end.tokens > stretch.begin.tokens:

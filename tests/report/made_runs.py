@@ -46,8 +46,8 @@ def write_run(folder: Path, rows: list[dict[str, Any]], tail: str = "", model: d
 
 def score_row(run: str, tokens: int | None, value: float, task: str = "arc_pt", **others: Any) -> dict[str, Any]:
     """A line of scores.jsonl."""
-    return {"time": "2026-01-01T00:00:00Z", "model": {"name": run, "checksum": f"xxh3:{run}{tokens}", "parameters": 1000, "run": run,
-                                                      "tokens": tokens},
+    model = {"name": run, "checksum": f"xxh3:{run}{tokens}", "parameters": 1000, "run": run, "tokens": tokens}
+    return {"time": "2026-01-01T00:00:00Z", "model": model,
             "task": task, "version": "1.0", "definition": "lm-eval", "language": "pt", "prompt_language": "en", "shots": 25,
             "metric": "acc_norm", "value": value, "stderr": 0.013, "n": 1170, "prompt_checksum": "xxh3:p",
             "data_checksum": "xxh3:d", "request_checksum": "xxh3:r", "data": "arc.jsonl", "baselines": {"random": 0.25},

@@ -40,8 +40,10 @@ def test_a_curve_has_the_rows_of_the_run_by_their_tokens(tmp_path):
     assert (raw.kind, list(raw.tokens)) == ("raw", [step * TOKENS_PER_STEP for step in range(10, 101, 10)])
     assert raw.values == [loss_at(tokens) for tokens in raw.tokens]
     assert (strong.label, strong.tokens) == ("a", raw.tokens)
-    assert list(found["held_out_loss"].table()) == [("a: data/held", tokens, loss_at(tokens) + 0.1, None) for tokens in (50e3, 100e3)]
-    assert found["held_out_perplexity"].series[0].values == pytest.approx([math.exp(loss_at(5e4) + 0.1), math.exp(loss_at(1e5) + 0.1)])
+    losses = [loss_at(tokens) + 0.1 for tokens in (50e3, 100e3)]
+    assert list(found["held_out_loss"].table()) == [
+        ("a: data/held", 50e3, losses[0], None), ("a: data/held", 1e5, losses[1], None)]
+    assert found["held_out_perplexity"].series[0].values == pytest.approx(list(map(math.exp, losses)))
     assert set(found["learning_rate"].series[0].values) == {1e-3} and set(found["gradient_norm"].series[0].values) == {1.5}
 
 
@@ -76,15 +78,17 @@ def test_the_window_is_said(tmp_path):
 
 
 def test_what_happened_is_marked(tmp_path):
-    rows = [*train_rows(50), event_row("resume", 20), event_row("spike", 30), event_row("skip", 31), event_row("left out", 40),
-            event_row("checkpoint", 50)]
+    rows = [*train_rows(50), event_row("resume", 20), event_row("spike", 30), event_row("skip", 31),
+            event_row("left out", 40), event_row("checkpoint", 50)]
     marks = figures(write_run(tmp_path / "a", rows))["training_loss"].marks
-    assert [(mark.event, mark.tokens) for mark in marks] == [("resume", 20e3), ("spike", 30e3), ("skip", 31e3), ("left out", 40e3)]
+    assert [(mark.event, mark.tokens) for mark in marks] == [("resume", 20e3), ("spike", 30e3), ("skip", 31e3),
+                                                             ("left out", 40e3)]
 
 
 def test_torn_incomplete_and_repeated_rows_are_counted(tmp_path):
-    rows = [*train_rows(10), {"event": "train", "step": 11}, {"event": "train", "tokens": True}, {"tokens": 1e9, "loss": 1.0},
-            {"event": "train", "tokens": 10 ** 400}, {"event": "train", "step": 12, "tokens": 12000, "loss": None},
+    rows = [*train_rows(10), {"event": "train", "step": 11}, {"event": "train", "tokens": True},
+            {"tokens": 1e9, "loss": 1.0}, {"event": "train", "tokens": 10 ** 400},
+            {"event": "train", "step": 12, "tokens": 12000, "loss": None},
             {"event": "train", "step": 10, "tokens": 10000, "loss": 9.0}]
     run, = read_runs([write_run(tmp_path / "a", rows, tail='not json\n[1]\n{"event": "train", "step": 13, "tok')])
     assert [warning.split(": ", 1)[1] for warning in run.warnings] == [
@@ -120,7 +124,8 @@ def test_all_empty_runs_are_told_at_once(tmp_path):
 def test_runs_of_one_name_are_told_apart(tmp_path):
     for place in ("x", "y"):
         write_run(tmp_path / place / "run", train_rows(3))
-    assert [run.name for run in read_runs([tmp_path / "x/run", tmp_path / "y/run"])] == [f"{tmp_path}/x/run", f"{tmp_path}/y/run"]
+    places = [f"{tmp_path}/x/run", f"{tmp_path}/y/run"]
+    assert [run.name for run in read_runs(places)] == places
 
 
 def test_laws_are_drawn_for_the_models_size(tmp_path):

@@ -110,7 +110,8 @@ def test_the_page_needs_nothing_else(report):
 def test_the_page_says_in_words_what_its_drawings_show(report):
     text = (report / "first" / "report.html").read_text()
     assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
-    assert text.count("<svg") == text.count('role="img"') == text.count("<desc") == text.count("aria-labelledby=") == len(FIGURES)
+    for part in ("<svg", 'role="img"', "<desc", "aria-labelledby="):
+        assert text.count(part) == len(FIGURES)
     assert "<title>Training report: _x$y&lt;b&gt;&amp;amp, b</title>" in text and "<b>" not in text
     assert "Held-out loss and scaling laws" in text and "not saturated: over the last 50% of the tokens" in text
     assert text.count("<table>") == len(FIGURES) + 2
@@ -154,7 +155,7 @@ def test_tables_alone_need_no_matplotlib(report, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     write_report([report / "b"], tmp_path / "csv", formats=["csv"])
     assert (tmp_path / "csv" / "training_loss.csv").is_file()
-    with pytest.raises(ConfigError, match=r"matplotlib: is not installed; it is needed for figures .*; pip install 'megatron_ttl\[rep"):
+    with pytest.raises(ConfigError, match=r"matplotlib: is not installed; it is needed for figures .*; pip install 'mega"):
         write_report([report / "b"], tmp_path / "all")
     assert not (tmp_path / "all").exists()
 
