@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from megatron_ttl.console import print_warning
 from megatron_ttl.errors import ConfigError
-from megatron_ttl.files import make_directory, open_own, or_disk_error
+from megatron_ttl.files import make_directory, open_own, open_regular, or_disk_error
 
 _NOT_OURS = (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.EMLINK, errno.ENXIO, errno.EACCES, errno.EPERM)
 _LONGEST_ROW = 1 << 20  # bytes; a row has some hundred
@@ -111,6 +111,15 @@ def _trim_rows(path: Path, last_step: int) -> dict[str, Any] | None:
     return last
 
 
+def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield the rows of a file that may still be written; None for each line that is no row.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    return (row for _, row in _lines(path))
+
+
 def _open(path: Path) -> IO[bytes]:
     """Open the file to append; it is changed in place, so it must be the run's own.
 
@@ -130,7 +139,7 @@ def _open(path: Path) -> IO[bytes]:
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """Yield for every line where it ends and its row; None for one that is no row."""
     end = 0
-    with open(path, "rb") as handle:
+    with open(open_regular(path), "rb") as handle:
         for line in iter(partial(handle.readline, _LONGEST_ROW), b""):
             end += len(line)
             try:

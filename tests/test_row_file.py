@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from megatron_ttl.row_file import RowFile, trim_rows
+from megatron_ttl.row_file import RowFile, read_rows, trim_rows
 
 
 def rows_of(path) -> list[dict]:
@@ -108,3 +108,11 @@ def test_a_full_disk_is_one_warning_and_no_row_is_lost(tmp_path, capsys):
     file.append({"step": 4})
     assert [row["step"] for row in rows_of(path)] == [1, 2, 3, 4]
     assert capsys.readouterr().err.count("a row could not be written") == 1
+
+
+def test_rows_are_read_while_they_are_written_and_a_pipe_blocks_nobody(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"step": 1}\nno row\n{"step": 2}\n{"ste')
+    assert list(read_rows(tmp_path / "rows.jsonl")) == [{"step": 1}, None, {"step": 2}, None]
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(OSError, match="no regular file"):
+        list(read_rows(tmp_path / "pipe.jsonl"))
