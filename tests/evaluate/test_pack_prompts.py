@@ -59,7 +59,8 @@ BLUEX = ("As perguntas a seguir são questões de múltipla escolha de provas de
          'selecione a única alternativa correta e responda apenas com as letras "A", "B", "C", "D" ou "E".\n\n')
 OAB = ("As perguntas a seguir são questões de múltipla escolha do Exame de Ordem da Ordem dos Advogados do Brasil (OAB), "
        "selecione a única alternativa correta e responda apenas com as letras A, B, C ou D.\n\n")
-LETTERED = ("{0}:\nOnde nasce o sol?\nAlternativas:\nA. Leste\nB. Oeste\nC. Norte\nD. Sul\nE. Centro\nResposta correta: A\n\n"
+LETTERED = ("{0}:\nOnde nasce o sol?\nAlternativas:\nA. Leste\nB. Oeste\nC. Norte\nD. Sul\nE. Centro\nResposta "
+            "correta: A\n\n"
             "{0}:\nQual é o maior bioma do Brasil?\nAlternativas:\nA. Caatinga\nB. Amazônia\nC. Pampa\nD. Pantanal\n"
             "E. Cerrado\nResposta correta:")
 FIVE_PROMPT = ("Pergunta: Qual é o maior bioma do Brasil?\nA. Caatinga\nB. Amazônia\nC. Pampa\nD. Pantanal\nE. Cerrado\n"
@@ -97,24 +98,34 @@ GOLDEN = {
     "assin2_rte": (PAIR, None, "", ["Um menino corre na praia, certo? Não, Uma criança corre",
                                     "Um menino corre na praia, certo? Sim, Uma criança corre"]),
     "assin2_sts": (PAIR, None, GRADE, LINE),
-    "assin2_rte_lb": (PAIR, PAIR_DEMO, "Abaixo estão pares de premissa e hipótese. Para cada par, indique se a hipótese pode "
+    "assin2_rte_lb": (PAIR, PAIR_DEMO, "Abaixo estão pares de premissa e hipótese. Para cada par, indique se a "
+                      "hipótese pode "
                       'ser inferida a partir da premissa, responda apenas com "Sim" ou "Não".\n\nPremissa: Um homem dorme\n'
-                      "Hipótese: Um homem corre\nPergunta: A hipótese pode ser inferida pela premissa? Sim ou Não?\nResposta: "
-                      "Não\n\nPremissa: Um menino corre na praia\nHipótese: Uma criança corre\nPergunta: A hipótese pode ser "
+                      "Hipótese: Um homem corre\nPergunta: A hipótese pode ser inferida pela premissa? Sim ou "
+                      "Não?\nResposta: "
+                      "Não\n\nPremissa: Um menino corre na praia\nHipótese: Uma criança corre\nPergunta: A hipótese "
+                      "pode ser "
                       "inferida pela premissa? Sim ou Não?\nResposta:", SHORT),
     "assin2_sts_lb": (PAIR, PAIR_DEMO, "Abaixo estão pares de frases que você deve avaliar o grau de similaridade. Dê uma "
                       "pontuação entre 1,0 e 5,0, sendo 1,0 pouco similar e 5,0 muito similar.\n\nFrase 1: Um homem dorme\n"
-                      "Frase 2: Um homem corre\nPergunta: Quão similares são as duas frases? Dê uma pontuação entre 1,0 a 5,0."
+                      "Frase 2: Um homem corre\nPergunta: Quão similares são as duas frases? Dê uma pontuação entre "
+                      "1,0 a 5,0."
                       "\nResposta: 1,0\n\nFrase 1: Um menino corre na praia\nFrase 2: Uma criança corre\nPergunta: Quão "
                       "similares são as duas frases? Dê uma pontuação entre 1,0 a 5,0.\nResposta:", SHORT),
-    "faquad_nli_lb": (NLI, NLI_DEMO, "Abaixo estão pares de pergunta e resposta. Para cada par, você deve julgar se a resposta "
+    "faquad_nli_lb": (NLI, NLI_DEMO, "Abaixo estão pares de pergunta e resposta. Para cada par, você deve julgar se "
+                      "a resposta "
                       'responde à pergunta de maneira satisfatória e aparenta estar correta. Escreva apenas "Sim" ou "Não".'
-                      "\n\nPergunta: Onde fica a reitoria?\nResposta: Há cursos noturnos.\nA resposta dada satisfaz à pergunta? "
-                      "Sim ou Não? Não\n\nPergunta: Quando abre a secretaria?\nResposta: Ela abre às oito horas.\nA resposta "
+                      "\n\nPergunta: Onde fica a reitoria?\nResposta: Há cursos noturnos.\nA resposta dada satisfaz "
+                      "à pergunta? "
+                      "Sim ou Não? Não\n\nPergunta: Quando abre a secretaria?\nResposta: Ela abre às oito horas.\nA "
+                      "resposta "
                       "dada satisfaz à pergunta? Sim ou Não?", SHORT),
-    "hatebr_offensive_lb": (HATE, HATE_DEMO, "Abaixo contém o texto de comentários de usuários do Instagram em português, sua "
-                            'tarefa é classificar se o texto é ofensivo ou não. Responda apenas com "Sim" ou "Não".\n\nTexto: '
-                            "Cala a boca, seu inútil\nPergunta: O texto é ofensivo?\nResposta: Sim\n\nTexto: Que foto linda!\n"
+    "hatebr_offensive_lb": (HATE, HATE_DEMO, "Abaixo contém o texto de comentários de usuários do Instagram em "
+                            "português, sua "
+                            'tarefa é classificar se o texto é ofensivo ou não. Responda apenas com "Sim" ou '
+                            '"Não".\n\nTexto: '
+                            "Cala a boca, seu inútil\nPergunta: O texto é ofensivo?\nResposta: Sim\n\nTexto: Que "
+                            "foto linda!\n"
                             "Pergunta: O texto é ofensivo?\nResposta:", SHORT),
     "enem_challenge_lb": (FIVE, FIVE_DEMO, ENEM + LETTERED.format("Pergunta"), SHORT),
     "bluex_lb": (FIVE, FIVE_DEMO, BLUEX + LETTERED.format("Pergunta"), SHORT),
@@ -135,7 +146,8 @@ GOLDEN = {
     "imdb_pt": (HATE, None, "Resenha: Que foto linda!\nSentimento:", [" negativo", " positivo"]),
     "inferbr": (INFER, None, "Dois amigos tocam violão\nPergunta: Há música. Verdadeiro, Falso ou Indeterminado?\nResposta:",
                 [" Falso", " Verdadeiro", " Indeterminado"]),
-    "faquad_pt": (QA, None, "Contexto: O prédio foi aberto em 1950 por Lúcia.\nPergunta: Quem abriu o prédio?\nResposta:", LONG),
+    "faquad_pt": (QA, None, "Contexto: O prédio foi aberto em 1950 por Lúcia.\nPergunta: Quem abriu o "
+                  "prédio?\nResposta:", LONG),
 }
 GOLDEN |= {"hellaswag_pt_ttl": GOLDEN["hellaswag_pt"], "arc_easy_pt": GOLDEN["arc_pt"],
            "arc_easy_pt_ttl": GOLDEN["arc_pt_ttl"], "arc_easy_pt_native": GOLDEN["arc_pt_native"]}
