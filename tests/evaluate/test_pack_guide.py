@@ -28,7 +28,7 @@ def test_the_example_of_the_guide_works(tmp_path):
     plain = asked(built)
     assert plain[1] == [("O panadeiro meteu a masa no", " río."), ("O panadeiro meteu a masa no", " forno.")]
     shown = re.search(r"```text\n(O panadeiro.*?)\n```", guide, re.DOTALL)[1]
-    with_one = {context for seed in range(20) for context, _ in (built.set_fewshot_seed(seed), asked(built, 1)[0])[1]}
+    with_one = {context for seed in range(8) for context, _ in (built.set_fewshot_seed(seed), asked(built, 1)[0])[1]}
     assert shown in with_one and not any(context.count("Sabela") > 1 for context in with_one)
     _, figures = scored(built, [[(-1.0, False), (-2.0, False)]] * 4)
     assert figures["acc"] == 0.5
