@@ -1,0 +1,71 @@
+"""Score programs that a model wrote: HumanEval's tests in the sandbox, and pass@k without bias.
+
+Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_ttl import console
+from megatron_ttl.errors import DataError
+from megatron_ttl.evaluate.sandbox import Limits, run_programs
+
+PASSED, FAILED, TIMED_OUT, REFUSED = "passed", "failed", "timed out", "refused"
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Return the chance that one of k programs, drawn from those at hand without putting back, passes.
+
+    Args:
+        samples: programs at hand, at least k.
+        passed: how many of them pass.
+        k: how many are drawn.
+    """
+    assert 0 <= passed <= samples and 1 <= k <= samples
+    if samples - passed < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / number for number in range(samples - passed + 1, samples + 1))
+
+
+def judge_completions(problems: Sequence[Mapping[str, Any]], completions: Sequence[Sequence[str]],
+                      limits: Limits | None = None, workers: int | None = None) -> list[list[str]]:
+    """Run every completion of every problem against the problem's tests.
+
+    Args:
+        problems: rows with `prompt`, `test` (which defines `check`) and `entry_point`.
+        completions: for each problem, what a model wrote after the prompt.
+        limits: of each program.
+        workers: programs at a time; None: one per core. The outcomes are the same.
+
+    Returns:
+        For each problem and completion: passed, failed (which an early exit is too), timed out, or refused (no text).
+
+    Raises:
+        ConfigError: programs cannot be shut in here.
+        DataError: a problem's function has no proper name.
+    """
+    proof = secrets.token_hex(16)
+    programs = [_program(problem, completion, proof)
+                for problem, own in zip(problems, completions, strict=True) for completion in own]
+    with console.progress("running programs", len(programs), "") as report:
+        outcomes = iter(run_programs(programs, limits, workers or len(os.sched_getaffinity(0)), report))
+    return [[_verdict(next(outcomes), proof) for _ in own] for own in completions]
+
+
+def _program(problem: Mapping[str, Any], completion: str, proof: str) -> str:
+    name = problem["entry_point"]
+    if not name.isidentifier():
+        raise DataError(f"HumanEval: entry_point {name!r}; it must be the name of a function; correct the data file")
+    # Printed only by who comes through all tests: a completion that leaves early, exit(0), has not passed.
+    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({name})\nprint('\\n{proof}')\n"
+
+
+def _verdict(outcome: Any, proof: str) -> str:
+    if outcome.kind in (TIMED_OUT, REFUSED):
+        return outcome.kind
+    return PASSED if outcome.kind == "ended" and outcome.output.endswith(f"\n{proof}\n") else FAILED
