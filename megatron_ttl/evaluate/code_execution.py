@@ -6,7 +6,6 @@ Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code.
 from __future__ import annotations
 
 import math
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,7 +52,7 @@ def judge_completions(problems: Sequence[Mapping[str, Any]], completions: Sequen
     programs = [_program(problem, completion, proof)
                 for problem, own in zip(problems, completions, strict=True) for completion in own]
     with console.progress("running programs", len(programs), "") as report:
-        outcomes = iter(run_programs(programs, limits, workers or len(os.sched_getaffinity(0)), report))
+        outcomes = iter(run_programs(programs, limits, workers, report))
     return [[_verdict(next(outcomes), proof) for _ in own] for own in completions]
 
 

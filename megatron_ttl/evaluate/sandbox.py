@@ -85,14 +85,14 @@ def require_sandbox() -> str:
             + (", Landlock" if answer["files"] else ", no Landlock: files can be read"))
 
 
-def run_programs(programs: Iterable[str], limits: Limits | None = None, workers: int = 1,
+def run_programs(programs: Iterable[str], limits: Limits | None = None, workers: int | None = None,
                  progress: Callable[[float], None] | None = None) -> list[Outcome]:
     """Run programs, each by itself; whatever interrupts this ends them all.
 
     Args:
         programs: Python's source.
         limits: of each.
-        workers: how many run at a time.
+        workers: how many run at a time; None: one per core.
         progress: receives how many have ended.
 
     Returns:
@@ -101,8 +101,9 @@ def run_programs(programs: Iterable[str], limits: Limits | None = None, workers:
     Raises:
         ConfigError: they cannot be shut in here.
     """
-    assert workers > 0
     require_sandbox()
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    assert workers > 0
     limits = limits or Limits()
     waiting: Iterator[tuple[int, str]] = iter(enumerate(programs))
     outcomes: dict[int, Outcome] = {}
