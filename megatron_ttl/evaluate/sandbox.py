@@ -31,6 +31,7 @@ _MIB = 1 << 20
 _PROBE_SECONDS = 60
 _LARGEST_PROGRAM = 1 * _MIB
 _BLOCK = 1 << 16
+_LONGEST_WAIT = 1.0  # seconds: a Ctrl-C that another thread received is noticed between two waits
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _advance(running: set[_Running], selector: selectors.BaseSelector, limits: L
     if not running:
         return []
     rest = min(program.deadline for program in running) - time.monotonic()
-    for key, _ in selector.select(max(0.0, rest)):
+    for key, _ in selector.select(min(max(0.0, rest), _LONGEST_WAIT)):
         program, name = key.data
         block = os.read(key.fd, _BLOCK)
         if not block:
