@@ -52,11 +52,11 @@ def ours(task: Task) -> Any:
 def theirs(name: str, rows: list[dict[str, Any]], demonstrations: list[dict[str, Any]] | None = None, **changes: Any) -> Any:
     """Return lm-eval's own task over the same rows, wherever it looks for them."""
     from datasets import Dataset
-    from lm_eval import tasks
+    import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
     fetches = name == "humaneval"  # its functions are not even imported without a metric from the hub
-    config = load_yaml(Path(tasks.__file__).parent / f"{PLACES[name]}.yaml", resolve_func=not fetches)
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / f"{PLACES[name]}.yaml", resolve_func=not fetches)
     asked = Dataset.from_list(rows)
     pool = Dataset.from_list(demonstrations or rows)
     splits = {"test": asked, "validation": asked, "train": pool, "dev": pool}
@@ -73,11 +73,25 @@ def requests(task: Any, shots: int) -> list[list[tuple[Any, ...]]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """All tasks, over all rows, without files of demonstrations where the task needs none."""
+    files = {**ITEMS, "mmlu": MMLU, "mmlu__dev": MMLU[::-1], "humaneval": PROBLEMS, "drop": DROP,
+             "drop_instructeval": DROP, "drop_instructeval__first": DROP[2:]}
+    return written(tmp_path_factory.mktemp("whole"), **files)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """The seven tasks: half of the rows are asked about, the others are demonstrations."""
+    files = {name: rows[:10] for name, rows in ITEMS.items()} | {f"{name}__train": rows[10:] for name, rows in ITEMS.items()}
+    return written(tmp_path_factory.mktemp("halves"), **files)
+
+
 @pytest.mark.parametrize("name", ITEMS)
-def test_the_seven_tasks_are_lm_evals_word_for_word(tmp_path, name):
-    rows = ITEMS[name]
+def test_the_seven_tasks_are_lm_evals_word_for_word(tasks, halves, name):
+    rows, task = ITEMS[name], tasks[name]
     assert len(rows) == 20
-    task = written(tmp_path, **{name: rows})[name]
     mine, right = ours(task), theirs(name, rows)
     assert (task.definition, task.version, task.shots) == ("lm-eval", str(right.VERSION), 0)
     asked = requests(mine, 0)
@@ -89,12 +103,11 @@ def test_the_seven_tasks_are_lm_evals_word_for_word(tmp_path, name):
         assert scores == right.process_results(other, answers)
         metrics |= set(scores)
     assert set(task.metrics) == metrics == set(right.aggregation())
-    halves = written(tmp_path, **{name: rows[:10], f"{name}__train": rows[10:]})[name]
-    assert requests(ours(halves), 2) == requests(theirs(name, rows[:10], rows[10:]), 2)
+    assert requests(ours(halves[name]), 2) == requests(theirs(name, rows[:10], rows[10:]), 2)
 
 
-def test_winogrande_scores_the_rest_after_each_option(tmp_path):
-    mine = ours(written(tmp_path, winogrande=ITEMS["winogrande"])["winogrande"])
+def test_winogrande_scores_the_rest_after_each_option(tasks):
+    mine = ours(tasks["winogrande"])
     box = [("The cup did not fit into the box because the cup", " was too big."),
            ("The cup did not fit into the box because the box", " was too big.")]
     assert requests(mine, 0)[0] == box
@@ -103,21 +116,20 @@ def test_winogrande_scores_the_rest_after_each_option(tmp_path):
     assert mine.process_results(second, [(-1.0, False), (-2.0, False)]) == {"acc": 0.0}
 
 
-def test_mmlu_is_lm_evals_57_tasks_in_one(tmp_path):
-    from lm_eval import tasks
+def test_mmlu_is_lm_evals_57_tasks_in_one(tasks):
+    import lm_eval.tasks
 
-    tasks_ = written(tmp_path, mmlu=MMLU, mmlu__dev=MMLU[::-1])
-    mine, physics = ours(tasks_["mmlu"]), [row for row in MMLU if row["subject"] == "high_school_physics"]
+    mine, physics = ours(tasks["mmlu"]), [row for row in MMLU if row["subject"] == "high_school_physics"]
     count = len(physics)
     assert requests(mine, 5)[:count] == requests(theirs("mmlu", physics, physics[::-1]), 5)
     descriptions = {}
-    for path in sorted((Path(tasks.__file__).parent / "mmlu" / "default").glob("mmlu_*.yaml")):
+    for path in sorted((Path(lm_eval.tasks.__file__).parent / "mmlu" / "default").glob("mmlu_*.yaml")):
         read = yaml_of(path)
         descriptions[read["dataset_name"]] = read["description"]
     assert len(descriptions) == 57
     for subject, text in descriptions.items():
         assert mine.fewshot_context({**MMLU[0], "subject": subject}, 0).startswith(text)
-    context = requests(ours(tasks_["mmlu_instructeval"]), 1)[0][0][0]
+    context = requests(ours(tasks["mmlu_instructeval"]), 1)[0][0][0]
     assert context.startswith("The following are multiple choice questions (with answers) about  high school physics.\n\n ")
     assert context.endswith("\nD. a window\nAnswer:") and context.count("\nAnswer: ") == 1
 
@@ -154,51 +166,49 @@ def test_bbh_shows_each_subset_its_own_demonstrations(tmp_path):
     assert english_functions.mean_over_subsets([("a", 1.0), ("a", 0.0), ("a", 0.0), ("b", 1.0)]) == pytest.approx(2 / 3)
 
 
-def test_drop_asks_and_counts_as_lm_eval(tmp_path):
-    found = written(tmp_path, drop=DROP, drop_instructeval=DROP, drop_instructeval__first=DROP[2:])
-    mine, right = ours(found["drop"]), theirs("drop", DROP)
+def test_drop_asks_and_counts_as_lm_eval(tasks, tmp_path):
+    mine, right = ours(tasks["drop"]), theirs("drop", DROP)
     assert requests(mine, 0) == requests(right, 0)
     for own, other in zip(mine.eval_docs, right.eval_docs, strict=True):
         for answer in ("2", " two", "Ana, Rui", "3 May 1901", "May 1901", ""):
             assert mine.process_results(own, [answer]) == right.process_results(other, [answer])
     shown = right.fewshot_context(right.eval_docs[0], 1)
     assert "number,date" in shown or "number,spans" in shown  # why drop is asked without demonstrations
-    task = ours(found["drop_instructeval"])
+    task = ours(tasks["drop_instructeval"])
     assert [row["question"] for row in task.eval_docs] == ["When did it open?"]  # the others have several answers
     assert task.process_results(task.eval_docs[0], [" 3 May 1901, they say"])["acc"] == 1.0
-    (tmp_path / "drop.jsonl").write_text('{"passage": "p", "question": "q", "answers": [[]]}\n')
+    bad = written(tmp_path, drop=[{"passage": "p", "question": "q", "answers": [[]]}])["drop"]
     with pytest.raises(DataError, match="drop.jsonl:1: .*answers must hold lists of texts"):
-        found["drop"].load()
+        bad.load()
 
 
 RIGHT = ["    return 2 * x\n", "    return [sign for sign in text if sign in 'aeiou']\n", "    return min(numbers)\n"]
 
 
-def test_humaneval_asks_as_lm_eval_and_runs_what_comes_back(tmp_path):
-    found = written(tmp_path, humaneval=PROBLEMS)
-    mine, right = ours(found["humaneval"]), theirs("humaneval", PROBLEMS, metric_list=None, filter_list=None)
+def test_humaneval_asks_as_lm_eval_and_runs_what_comes_back(tasks):
+    mine, right = ours(tasks["humaneval"]), theirs("humaneval", PROBLEMS, metric_list=None, filter_list=None)
     assert requests(mine, 0) == requests(right, 0)
-    assert mine.get_config("repeats") == 1 and found["humaneval"].metrics == ("pass@1",)
+    assert mine.get_config("repeats") == 1 and tasks["humaneval"].metrics == ("pass@1",)
     assert counted(mine, [RIGHT[:1], ["    return []\n"], RIGHT[2:]]) == [{"pass@1": 1.0}, {"pass@1": 0.0}, {"pass@1": 1.0}]
 
 
-def test_several_answers_give_pass_at_k(tmp_path):
-    task = ours(written(tmp_path, humaneval=PROBLEMS[:1])["humaneval_pass10"])
+def test_several_answers_give_pass_at_k(tasks):
+    task = ours(tasks["humaneval_pass10"])
     assert task.get_config("repeats") == 20
     assert task.get_config("generation_kwargs")["temperature"] == 0.6
     (scores,) = counted(task, [RIGHT[:1] * 2 + ["    return 0\n"] * 18])
     assert scores == {"pass@1": pytest.approx(0.1), "pass@10": pytest.approx(1 - (10 / 20) * (9 / 19))}
 
 
-def test_instructeval_runs_the_first_paragraph(tmp_path):
-    task = ours(written(tmp_path, humaneval=PROBLEMS[:1])["humaneval_instructeval"])
+def test_instructeval_runs_the_first_paragraph(tasks):
+    task = ours(tasks["humaneval_instructeval"])
     assert requests(task, 0)[0][0][0].startswith("Please complete the following Python code without ")
     assert counted(task, [["\n   return 2 * x\n\nthis is no Python"]]) == [{"pass@1": 1.0}]
 
 
 def counted(task: Any, answers: list[list[str]]) -> list[dict[str, float]]:
     """Give answers to a task as lm-eval does: filters over all rows, then scores row by row."""
-    rows = list(task.eval_docs)
+    rows = list(task.eval_docs)[: len(answers)]
     instances = []
     for number, (row, own) in enumerate(zip(rows, answers, strict=True)):
         instance = task.construct_requests(row, "", metadata=("", number, 1))

@@ -136,7 +136,8 @@ def test_other_processes_are_left_alone():
 
 def test_the_limits_of_the_child_hold_for_what_it_becomes():
     """It may become another program, inside of the same walls; only Python can be reached."""
-    program = ("import os, sys\ntry: os.execv('/bin/sh', ['sh', '-c', 'echo out'])\nexcept OSError: print('closed', flush=True)\n"
+    program = ("import os, sys\n"
+               "try: os.execv('/bin/sh', ['sh', '-c', 'echo out'])\nexcept OSError: print('closed', flush=True)\n"
                "os.execv(sys.executable, [sys.executable, '-S', '-c', 'import os; os.fork()'])\n")
     outcome = run(program)
     assert outcome.code == 1 and "Error" in outcome.errors
