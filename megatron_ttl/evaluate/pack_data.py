@@ -225,8 +225,8 @@ def _short(value: Any) -> str:
 
 def _raise(faults: Sequence[str]) -> None:
     more = len(faults) - _MOST_FAULTS
-    raise_faults(DataError, [*faults[:_MOST_FAULTS],
-                             *([f"... and {more:,} more rows like these; all must be right; repair the file"] if more > 0 else [])])
+    rest = [f"... and {more:,} more rows like these; all must be right; repair the file"] if more > 0 else []
+    raise_faults(DataError, [*faults[:_MOST_FAULTS], *rest])
 
 
 def _task_data(splits: dict[str, list[Row]], rules: RowRules, origin: str, sample: bool) -> TaskData:

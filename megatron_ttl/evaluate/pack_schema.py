@@ -84,6 +84,8 @@ class PackTable(Section):
     """Names of the data files."""
     rows: dict[str, Any] = Field(min_length=1)
     """Keys that every row must have, and their kinds."""
+    given: tuple[str, ...] = ()
+    """Keys of the rows in the file, where `prepare` makes others of them."""
     prepare: str | None = None
     """Function that brings a row of another shape into this one, before it is checked."""
     unique: Literal["id", "none"] = "id"

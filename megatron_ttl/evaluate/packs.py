@@ -12,7 +12,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,14 @@ from megatron_ttl.evaluate.pack_schema import FunctionName, HubTable, PackFile
 from megatron_ttl.evaluate.task import Task, TaskData
 from megatron_ttl.files import checksum_bytes
 
+import megatron_ttl.evaluate.portuguese_functions  # noqa: F401, I001 (registers its functions)
+
 PACKS = Path(__file__).parent / "packs"
 """Of the project."""
 DEFAULT_DATA = Path("tasks")
 """Where data files are looked for unless told otherwise."""
 _MOST_FAULTS = 40
+_OURS = "megatron_ttl.evaluate."
 # A definition is the same with more demonstrations (scores name their number) and under another name.
 _NOT_OF_THE_PROMPT = ("task", "tag", "num_fewshot", "should_decontaminate", "doc_to_decontamination_query")
 
@@ -49,6 +52,10 @@ class Pack:
     def files(self) -> dict[str, str]:
         """Names of the data files."""
         return {key: name for key, name in self.file.pack.files.model_dump().items() if name}
+
+
+_ReadFile = tuple[Path, dict[str, Any], Pack | None, list[str]]
+"""A file, what stands in it, the pack if it is one and right, and its faults."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,8 @@ def find_tasks(folders: Sequence[Path] = (), data: Path = DEFAULT_DATA, hub: boo
     return {name: _task(pack, data, hub) for name, pack in sorted(packs.items())}
 
 
-def choose_tasks(names: Sequence[str], data: Path = DEFAULT_DATA, folders: Sequence[Path] = (), hub: bool = False) -> list[Task]:
+def choose_tasks(names: Sequence[str], data: Path = DEFAULT_DATA, folders: Sequence[Path] = (),
+                 hub: bool = False) -> list[Task]:
     """Return the named tasks, those of groups in the group's order, each once.
 
     Raises:
@@ -122,7 +130,8 @@ def task_listing(data: Path = DEFAULT_DATA, folders: Sequence[Path] = ()) -> lis
     rows = []
     for name, pack in sorted(packs.items()):
         files, table = _files(pack, data), pack.file.pack
-        items, missing = None, _lacking(pack, data)
+        items = None
+        missing = _lacking(pack, data) or (f"the whole {table.files.test}, from {_place(pack)}" if files.sample else "")
         try:
             items = count_rows(files.test) if files.test else None
         except DataError as error:
@@ -170,10 +179,18 @@ def _lacking(pack: Pack, data: Path) -> str:
     if _files(pack, data).test is not None:
         return ""
     table = pack.file.pack
-    place = f"{table.hub.path}{f' ({table.hub.name})' if table.hub.name else ''} on the Hugging Face hub" if table.hub else ""
-    asked = ", or --hub where there is a network" if table.hub else ""
+    asked = ", or add --hub where there is a network" if table.hub else ""
     return (f"{table.files.test} is not in {data}; must be there, one JSON object per line with "
-            f"{', '.join(table.rows)}; get it from {place or table.source} ({table.license}){asked}")
+            f"{', '.join(table.given or table.rows)}; get it from {_place(pack)}{asked}")
+
+
+def _place(pack: Pack) -> str:
+    """Return where the rows of a task come from, and under which licence."""
+    table = pack.file.pack
+    if table.hub is None:
+        return f"{table.source} (licence: {table.license})"
+    name = f" ({table.hub.name})" if table.hub.name else ""
+    return f"{table.hub.path}{name} on the Hugging Face hub (licence: {table.license})"
 
 
 def _hub_rows(hub: HubTable, pack: Pack) -> dict[str, Iterator[dict[str, Any]]]:
@@ -184,8 +201,12 @@ def _hub_rows(hub: HubTable, pack: Pack) -> dict[str, Iterator[dict[str, Any]]]:
     def rows(split: str) -> Iterator[dict[str, Any]]:
         source = SourceSettings(name=pack.file.task, license=pack.file.pack.license, dataset=hub.path,
                                 dataset_config=hub.name, split=split, revision=hub.revision)
-        for row in dataset_rows(source):
-            yield {hub.rename.get(key, key): value for key, value in row.items()}
+        try:
+            for row in dataset_rows(source):
+                yield {hub.rename.get(key, key): value for key, value in row.items()}
+        except DataError as error:
+            raise DataError(*error.faults, f"{pack.file.task}: --hub: gave no rows; must give them, or {pack.files['test']} "
+                            "must be among the data; get the file where there is a network") from None
 
     wanted = {"test": hub.splits.test, "fewshot": hub.splits.fewshot}
     return {name: rows(split) for name, split in wanted.items() if split}
@@ -216,8 +237,9 @@ def _function_names(value: Any) -> Iterator[str]:
             yield from _function_names(inner)
 
 
+@cache
 def _source_text(function: Callable[..., Any]) -> str:
-    """Return the text of a function and of all in its module that it uses."""
+    """Return the text of a function and of all beside it that it uses."""
     texts: dict[str, str] = {}
 
     def add(one: types.FunctionType) -> None:
@@ -227,7 +249,7 @@ def _source_text(function: Callable[..., Any]) -> str:
             codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
             for name in code.co_names:
                 used = one.__globals__.get(name)
-                if isinstance(used, types.FunctionType) and used.__module__ == one.__module__ and name not in texts:
+                if isinstance(used, types.FunctionType) and used.__module__.startswith(_OURS) and name not in texts:
                     add(used)
                 elif isinstance(used, str | int | float | tuple | re.Pattern):
                     texts[name] = repr(used)
@@ -242,28 +264,36 @@ def _read_all(folders: Sequence[Path]) -> tuple[dict[str, Pack], dict[str, tuple
               for folder in folders if not folder.is_dir()]
     packs: dict[str, Pack] = {}
     groups: dict[str, tuple[Path, tuple[str, ...]]] = {}
-    for root in dict.fromkeys([PACKS, *folders]):
-        for path in sorted([*root.glob("*.yaml"), *root.glob("*/*.yaml")]):
-            raw, found = _read_yaml(path)
+    for read in [_read_own, *(partial(_read_folder, folder) for folder in folders if folder.resolve() != PACKS)]:
+        for path, raw, pack, found in read():
             faults += found
-            if found:
-                continue
-            if path.name.endswith("groups.yaml"):
-                faults += _add_groups(path, raw, groups)
-                continue
-            pack, found = _checked(path, raw)
-            faults += found
-            if pack is None:
-                continue
-            if (first := packs.setdefault(pack.file.task, pack)) is not pack:
+            if pack is not None and (first := packs.setdefault(pack.file.task, pack)) is not pack:
                 faults.append(f"{path}: task: is '{pack.file.task}', as in {first.path}; every task must have its own "
                               "name; rename one")
+            if pack is None and not found:
+                faults += _add_groups(path, raw, groups)
     if not faults:
         faults += _group_faults(packs, groups)
     more = len(faults) - _MOST_FAULTS
     raise_faults(ConfigError, [*faults[:_MOST_FAULTS], *([f"... and {more} more faults like these; all packs must be right; "
                                                           "repair them"] if more > 0 else [])])
     return packs, {name: members for name, (_, members) in groups.items()}
+
+
+@cache
+def _read_own() -> list[_ReadFile]:
+    return _read_folder(PACKS)
+
+
+def _read_folder(folder: Path) -> list[_ReadFile]:
+    files: list[_ReadFile] = []
+    for path in sorted({*folder.glob("*.yaml"), *folder.glob("*/*.yaml")}):
+        raw, faults = _read_yaml(path)
+        pack = None
+        if not faults and not path.name.endswith("groups.yaml"):
+            pack, faults = _checked(path, raw)
+        files.append((path, raw, pack, faults))
+    return files
 
 
 def _checked(path: Path, raw: dict[str, Any]) -> tuple[Pack | None, list[str]]:
@@ -279,9 +309,11 @@ def _add_groups(path: Path, raw: dict[str, Any], groups: dict[str, tuple[Path, t
     faults = []
     for name, members in raw.items():
         if not (isinstance(members, list) and members and all(isinstance(member, str) for member in members)):
-            faults.append(f"{path}: {name}: is {str(members)[:60]!r}; must be a list of names of tasks; write {name}: [task, task]")
+            faults.append(f"{path}: {name}: is {str(members)[:60]!r}; must be a list of names of tasks; "
+                          f"write {name}: [task, task]")
         elif name in groups:
-            faults.append(f"{path}: {name}: is also a group of {groups[name][0]}; every group must have its own name; rename one")
+            faults.append(f"{path}: {name}: is also a group of {groups[name][0]}; every group must have its own name; "
+                          "rename one")
         else:
             groups[str(name)] = (path, tuple(members))
     return faults
@@ -306,14 +338,16 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         import yaml
     except ImportError:
-        raise ConfigError("PyYAML is not installed; it is needed for task packs; pip install 'megatron_ttl[evaluation]'") from None
+        raise ConfigError("PyYAML is not installed; it is needed for task packs; "
+                          "pip install 'megatron_ttl[evaluation]'") from None
 
     class PackLoader(yaml.SafeLoader):
         """Plain values, `!function`, no references: a few of them could stand for billions of values."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.events.AliasEvent):
-                raise yaml.MarkedYAMLError(problem="references (*name) are not read", problem_mark=self.peek_event().start_mark)
+                raise yaml.MarkedYAMLError(problem="references (*name) are not read",
+                                           problem_mark=self.peek_event().start_mark)
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -327,8 +361,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
             return super().construct_mapping(node, deep)
 
     PackLoader.add_constructor("!function", lambda loader, node: FunctionName(loader.construct_scalar(node)))
-    loader = PackLoader(text)
     try:
+        loader = PackLoader(text)
         value = loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -336,8 +370,6 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{where}: {error.problem}; a pack must be plain YAML; repair this line"]
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         return {}, [f"{path}: {str(error).partition(chr(10))[0][:200]}; a pack must be plain YAML; repair it"]
-    finally:
-        loader.dispose()
     if not isinstance(value, dict) or nested_deeper(value, DEEPEST):
         what = f"is nested more than {DEEPEST} deep" if isinstance(value, dict) else f"holds {type(value).__name__}"
         return {}, [f"{path}: {what}; must be one table of keys; see packs/README.md"]
