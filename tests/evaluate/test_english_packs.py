@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import harness_tasks
 import pytest
 from english_items import DROP, ITEMS, MMLU, PROBLEMS
 
 from megatron_ttl.errors import DataError
 from megatron_ttl.evaluate import english_functions
-from megatron_ttl.evaluate.demonstrations import with_own_demonstrations
 from megatron_ttl.evaluate.packs import find_tasks
 from megatron_ttl.evaluate.task import Task
 
@@ -20,6 +20,8 @@ PLACES = {"hellaswag": "hellaswag/hellaswag", "openbookqa": "openbookqa/openbook
           "arc_easy": "arc/arc_easy", "arc_challenge": "arc/arc_challenge", "boolq": "super_glue/boolq/default",
           "piqa": "piqa/piqa", "drop": "drop/default", "humaneval": "humaneval/humaneval",
           "mmlu": "mmlu/default/mmlu_high_school_physics", "bbh_fewshot": "bbh/fewshot/boolean_expressions"}
+UNFETCHED = {"functions": False, "unsafe_code": False, "metric_list": None, "filter_list": None}
+"""Without what lm-eval's humaneval fetches from the hub when it is only looked at: its metric."""
 RENAMED = {"question_stem": "question"}
 
 
@@ -31,46 +33,22 @@ def written(folder: Path, **files: list[dict[str, Any]]) -> dict[str, Task]:
     return find_tasks(data=folder)
 
 
-def lm_eval_task(config: dict[str, Any], splits: dict[str, Any], column: str | None = None) -> Any:
-    from lm_eval.api.task import ConfigurableTask
-
-    own = {key: value for key, value in config.items() if not key.startswith("dataset_")}
-    kind = with_own_demonstrations(ConfigurableTask, column) if column else ConfigurableTask
-    return kind(config={**own, "custom_dataset": lambda **_: splits})
-
-
 def ours(task: Task) -> Any:
-    from datasets import Dataset
-
-    data = task.load().splits
-    config = dict(task.config) | {"test_split": "test", "fewshot_split": "fewshot" if "fewshot" in data else "test"}
-    process = config.pop("process_docs", list)
-    splits = {name: Dataset.from_list([dict(row) for row in process(rows)]) for name, rows in data.items()}
-    return lm_eval_task(config, splits, task.demonstrations_column)
+    process = task.config.get("process_docs", list)
+    config = {key: value for key, value in task.config.items() if key != "process_docs"}
+    splits = {name: process(rows) for name, rows in task.load().splits.items()}
+    return harness_tasks.ours(config, splits, task.demonstrations_column)
 
 
 def theirs(name: str, rows: list[dict[str, Any]], demonstrations: list[dict[str, Any]] | None = None, **changes: Any) -> Any:
     """Return lm-eval's own task over the same rows, wherever it looks for them."""
-    from datasets import Dataset
-    import lm_eval.tasks
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    fetches = name == "humaneval"  # its functions are not even imported without a metric from the hub
-    config = load_yaml(Path(lm_eval.tasks.__file__).parent / f"{PLACES[name]}.yaml", resolve_func=not fetches)
-    asked = Dataset.from_list(rows)
-    pool = Dataset.from_list(demonstrations or rows)
-    splits = {"test": asked, "validation": asked, "train": pool, "dev": pool}
-    return lm_eval_task(config | {"unsafe_code": False} | changes, splits)
+    pool = demonstrations or rows
+    splits = {"test": rows, "validation": rows, "train": pool, "dev": pool}
+    return harness_tasks.theirs(f"{PLACES[name]}.yaml", splits, **changes)
 
 
-def requests(task: Any, shots: int) -> list[list[tuple[Any, ...]]]:
-    """Return what is asked about every row."""
-    found = []
-    for row in task.eval_docs:
-        task.set_fewshot_seed(7)  # anew for every row: lm-eval draws one more where it might have to leave one out
-        made = task.construct_requests(row, task.fewshot_context(row, shots), metadata=("", 0, 1))
-        found.append([one.args for one in (made if isinstance(made, list) else [made])])
-    return found
+def requests(task: Any, shots: int) -> list[list[Any]]:
+    return harness_tasks.asked(task, shots, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +71,7 @@ def test_the_seven_tasks_are_lm_evals_word_for_word(tasks, halves, name):
     rows, task = ITEMS[name], tasks[name]
     assert len(rows) == 20
     mine, right = ours(task), theirs(name, rows)
-    assert (task.definition, task.version, task.shots) == ("lm-eval", str(right.VERSION), 0)
+    assert (task.definition, task.version, task.shots) == ("lm-eval", str(version_of(name)), 0)
     asked = requests(mine, 0)
     assert asked == requests(right, 0)
     draw, metrics = random.Random(1), set()
@@ -138,6 +116,12 @@ def yaml_of(path: Path) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     return load_yaml(path, resolve_func=False)
+
+
+def version_of(name: str) -> Any:
+    import lm_eval.tasks
+
+    return yaml_of(Path(lm_eval.tasks.__file__).parent / f"{PLACES[name]}.yaml")["metadata"]["version"]
 
 
 def test_missing_demonstrations_of_a_subject_are_named(tmp_path):
@@ -186,7 +170,7 @@ RIGHT = ["    return 2 * x\n", "    return [sign for sign in text if sign in 'ae
 
 
 def test_humaneval_asks_as_lm_eval_and_runs_what_comes_back(tasks):
-    mine, right = ours(tasks["humaneval"]), theirs("humaneval", PROBLEMS, metric_list=None, filter_list=None)
+    mine, right = ours(tasks["humaneval"]), theirs("humaneval", PROBLEMS, **UNFETCHED)
     assert requests(mine, 0) == requests(right, 0)
     assert mine.get_config("repeats") == 1 and tasks["humaneval"].metrics == ("pass@1",)
     assert counted(mine, [RIGHT[:1], ["    return []\n"], RIGHT[2:]]) == [{"pass@1": 1.0}, {"pass@1": 0.0}, {"pass@1": 1.0}]
