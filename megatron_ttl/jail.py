@@ -206,8 +206,9 @@ def main(settings: str) -> None:
         print(json.dumps(closed))
     elif closed["calls"]:
         python = os.path.realpath(sys.executable)
-        # Not -I, which would leave the order of sets to chance: the environment is this one entry.
-        os.execve(python, [python, "-P", "-s", "-S", "-B", "-X", "utf8", program], {"PYTHONHASHSEED": "0"})
+        # Not -I, which would leave the order of sets to chance: the environment is what is given here.
+        os.execve(python, [python, "-P", "-s", "-S", "-B", "-X", "utf8", program],
+                  {"PYTHONHASHSEED": "0", "PYTHONCOERCECLOCALE": "0"})
     else:
         sys.exit("the kernel does not refuse system calls")
 

@@ -65,7 +65,7 @@ def test_what_a_program_prints_comes_back_exactly():
     order = "print(list({'a', 'b', 'c', 'd', 'e'}))"
     assert run(order) == run(order)  # of a set: not left to chance
     bare = run("import os, sys\nprint(__name__, dict(os.environ), repr(sys.stdin.read()))").output
-    assert bare == "__main__ {'PYTHONHASHSEED': '0'} ''\n"
+    assert bare == "__main__ {'PYTHONHASHSEED': '0', 'PYTHONCOERCECLOCALE': '0'} ''\n"
 
 
 ENDLESS = {
