@@ -27,7 +27,7 @@ from megatron_ttl.evaluate.pack_schema import FunctionName, HubTable, PackFile
 from megatron_ttl.evaluate.task import Task, TaskData
 from megatron_ttl.files import checksum_bytes
 
-import megatron_ttl.evaluate.portuguese_functions  # noqa: F401, I001 (registers its functions)
+import megatron_ttl.evaluate.portuguese_functions  # noqa: F401 (registers its functions)
 
 PACKS = Path(__file__).parent / "packs"
 """Of the project."""
@@ -360,6 +360,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
+    PackLoader.yaml_constructors = {tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+                                    if str(tag).rpartition(":")[2] not in ("binary", "omap", "pairs", "set")}
     PackLoader.add_constructor("!function", lambda loader, node: FunctionName(loader.construct_scalar(node)))
     try:
         loader = PackLoader(text)

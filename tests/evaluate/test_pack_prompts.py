@@ -35,6 +35,8 @@ NLI = {"question": "Quando abre a secretaria?", "answer": "Ela abre às oito hor
 NLI_DEMO = {"question": "Onde fica a reitoria?", "answer": "Há cursos noturnos.", "label": 0}
 HATE = {"text": "Que foto linda!", "label": 0}
 HATE_DEMO = {"text": "Cala a boca, seu inútil", "label": 1}
+TWEET = {"text": "Adorei o show de ontem!", "label": "Positive"}
+TWEET_DEMO = {"text": "Hoje é terça-feira", "label": "Neutral"}
 INFER = {"premise": "Dois amigos tocam violão", "hypothesis": "Há música.", "label": 1}
 QA = {"context": "O prédio foi aberto em 1950 por Lúcia.", "question": "Quem abriu o prédio?",
       "answers": {"text": ["por Lúcia", "Lúcia"]}}
@@ -59,7 +61,8 @@ BLUEX = ("As perguntas a seguir são questões de múltipla escolha de provas de
          'selecione a única alternativa correta e responda apenas com as letras "A", "B", "C", "D" ou "E".\n\n')
 OAB = ("As perguntas a seguir são questões de múltipla escolha do Exame de Ordem da Ordem dos Advogados do Brasil (OAB), "
        "selecione a única alternativa correta e responda apenas com as letras A, B, C ou D.\n\n")
-LETTERED = ("{0}:\nOnde nasce o sol?\nAlternativas:\nA. Leste\nB. Oeste\nC. Norte\nD. Sul\nE. Centro\nResposta correta: A\n\n"
+LETTERED = ("{0}:\nOnde nasce o sol?\nAlternativas:\nA. Leste\nB. Oeste\nC. Norte\nD. Sul\nE. Centro\nResposta "
+            "correta: A\n\n"
             "{0}:\nQual é o maior bioma do Brasil?\nAlternativas:\nA. Caatinga\nB. Amazônia\nC. Pampa\nD. Pantanal\n"
             "E. Cerrado\nResposta correta:")
 FIVE_PROMPT = ("Pergunta: Qual é o maior bioma do Brasil?\nA. Caatinga\nB. Amazônia\nC. Pampa\nD. Pantanal\nE. Cerrado\n"
@@ -97,25 +100,45 @@ GOLDEN = {
     "assin2_rte": (PAIR, None, "", ["Um menino corre na praia, certo? Não, Uma criança corre",
                                     "Um menino corre na praia, certo? Sim, Uma criança corre"]),
     "assin2_sts": (PAIR, None, GRADE, LINE),
-    "assin2_rte_lb": (PAIR, PAIR_DEMO, "Abaixo estão pares de premissa e hipótese. Para cada par, indique se a hipótese pode "
+    "assin2_rte_lb": (PAIR, PAIR_DEMO, "Abaixo estão pares de premissa e hipótese. Para cada par, indique se a "
+                      "hipótese pode "
                       'ser inferida a partir da premissa, responda apenas com "Sim" ou "Não".\n\nPremissa: Um homem dorme\n'
-                      "Hipótese: Um homem corre\nPergunta: A hipótese pode ser inferida pela premissa? Sim ou Não?\nResposta: "
-                      "Não\n\nPremissa: Um menino corre na praia\nHipótese: Uma criança corre\nPergunta: A hipótese pode ser "
+                      "Hipótese: Um homem corre\nPergunta: A hipótese pode ser inferida pela premissa? Sim ou "
+                      "Não?\nResposta: "
+                      "Não\n\nPremissa: Um menino corre na praia\nHipótese: Uma criança corre\nPergunta: A hipótese "
+                      "pode ser "
                       "inferida pela premissa? Sim ou Não?\nResposta:", SHORT),
     "assin2_sts_lb": (PAIR, PAIR_DEMO, "Abaixo estão pares de frases que você deve avaliar o grau de similaridade. Dê uma "
                       "pontuação entre 1,0 e 5,0, sendo 1,0 pouco similar e 5,0 muito similar.\n\nFrase 1: Um homem dorme\n"
-                      "Frase 2: Um homem corre\nPergunta: Quão similares são as duas frases? Dê uma pontuação entre 1,0 a 5,0."
+                      "Frase 2: Um homem corre\nPergunta: Quão similares são as duas frases? Dê uma pontuação entre "
+                      "1,0 a 5,0."
                       "\nResposta: 1,0\n\nFrase 1: Um menino corre na praia\nFrase 2: Uma criança corre\nPergunta: Quão "
                       "similares são as duas frases? Dê uma pontuação entre 1,0 a 5,0.\nResposta:", SHORT),
-    "faquad_nli_lb": (NLI, NLI_DEMO, "Abaixo estão pares de pergunta e resposta. Para cada par, você deve julgar se a resposta "
+    "faquad_nli_lb": (NLI, NLI_DEMO, "Abaixo estão pares de pergunta e resposta. Para cada par, você deve julgar se "
+                      "a resposta "
                       'responde à pergunta de maneira satisfatória e aparenta estar correta. Escreva apenas "Sim" ou "Não".'
-                      "\n\nPergunta: Onde fica a reitoria?\nResposta: Há cursos noturnos.\nA resposta dada satisfaz à pergunta? "
-                      "Sim ou Não? Não\n\nPergunta: Quando abre a secretaria?\nResposta: Ela abre às oito horas.\nA resposta "
+                      "\n\nPergunta: Onde fica a reitoria?\nResposta: Há cursos noturnos.\nA resposta dada satisfaz "
+                      "à pergunta? "
+                      "Sim ou Não? Não\n\nPergunta: Quando abre a secretaria?\nResposta: Ela abre às oito horas.\nA "
+                      "resposta "
                       "dada satisfaz à pergunta? Sim ou Não?", SHORT),
-    "hatebr_offensive_lb": (HATE, HATE_DEMO, "Abaixo contém o texto de comentários de usuários do Instagram em português, sua "
-                            'tarefa é classificar se o texto é ofensivo ou não. Responda apenas com "Sim" ou "Não".\n\nTexto: '
-                            "Cala a boca, seu inútil\nPergunta: O texto é ofensivo?\nResposta: Sim\n\nTexto: Que foto linda!\n"
+    "hatebr_offensive_lb": (HATE, HATE_DEMO, "Abaixo contém o texto de comentários de usuários do Instagram em "
+                            "português, sua "
+                            'tarefa é classificar se o texto é ofensivo ou não. Responda apenas com "Sim" ou '
+                            '"Não".\n\nTexto: '
+                            "Cala a boca, seu inútil\nPergunta: O texto é ofensivo?\nResposta: Sim\n\nTexto: Que "
+                            "foto linda!\n"
                             "Pergunta: O texto é ofensivo?\nResposta:", SHORT),
+    "portuguese_hate_speech_lb": (
+        HATE, HATE_DEMO, "Abaixo contém o texto de tweets de usuários do Twitter em português, sua tarefa é classificar se o "
+        'texto contém discurso de ódio ou não. Responda apenas com "Sim" ou "Não".\n\nTexto: Cala a boca, seu inútil\n'
+        "Pergunta: O texto contém discurso de ódio?\nResposta: Sim\n\nTexto: Que foto linda!\nPergunta: O texto contém "
+        "discurso de ódio?\nResposta:", SHORT),
+    "tweetsentbr_lb": (
+        TWEET, TWEET_DEMO, "Abaixo contém o texto de tweets de usuários do Twitter em português, sua tarefa é classificar se "
+        "o sentimento do texto é Positivo, Neutro ou Negativo. Responda apenas com uma das opções.\n\nTexto: Hoje é "
+        "terça-feira\nPergunta: O sentimento do texto é Positivo, Neutro ou Negativo?\nResposta: Neutro\n\nTexto: Adorei o "
+        "show de ontem!\nPergunta: O sentimento do texto é Positivo, Neutro ou Negativo?\nResposta:", SHORT),
     "enem_challenge_lb": (FIVE, FIVE_DEMO, ENEM + LETTERED.format("Pergunta"), SHORT),
     "bluex_lb": (FIVE, FIVE_DEMO, BLUEX + LETTERED.format("Pergunta"), SHORT),
     "oab_exams_lb": (FIVE, FIVE_DEMO, OAB + LETTERED.format("Questão"), SHORT),
@@ -135,7 +158,8 @@ GOLDEN = {
     "imdb_pt": (HATE, None, "Resenha: Que foto linda!\nSentimento:", [" negativo", " positivo"]),
     "inferbr": (INFER, None, "Dois amigos tocam violão\nPergunta: Há música. Verdadeiro, Falso ou Indeterminado?\nResposta:",
                 [" Falso", " Verdadeiro", " Indeterminado"]),
-    "faquad_pt": (QA, None, "Contexto: O prédio foi aberto em 1950 por Lúcia.\nPergunta: Quem abriu o prédio?\nResposta:", LONG),
+    "faquad_pt": (QA, None, "Contexto: O prédio foi aberto em 1950 por Lúcia.\nPergunta: Quem abriu o "
+                  "prédio?\nResposta:", LONG),
 }
 GOLDEN |= {"hellaswag_pt_ttl": GOLDEN["hellaswag_pt"], "arc_easy_pt": GOLDEN["arc_pt"],
            "arc_easy_pt_ttl": GOLDEN["arc_pt_ttl"], "arc_easy_pt_native": GOLDEN["arc_pt_native"]}
@@ -189,6 +213,7 @@ def test_no_pack_goes_without_a_golden_prompt():
      [{"acc": 1.0, "perplexity": 1.6487212707}, {"acc": 0.0, "perplexity": 7.3890560989}]),
     ("calame_pt_generate", CALAME, [" Chave, que"], ["chaveiro"], [{"exact_match": 1.0}, {"exact_match": 0.0}]),
     ("enem_challenge_lb", FIVE, [" Resposta: B"], [" D."], [{"acc": 1.0}, {"acc": 0.0}]),
+    ("tweetsentbr_lb", TWEET, ["positivo!"], ["Neutro"], [{"f1_macro": 1.0, "acc": 1.0}, {"f1_macro": 0.0, "acc": 0.0}]),
     ("oab_exams_lb", FIVE, [" B) a"], ["E"], [{"acc": 1.0}, {"acc": 0.0}]),
     ("assin2_rte_lb", PAIR, [" sim."], [" nao"], [{"f1_macro": 1.0, "acc": 1.0}, {"f1_macro": 0.0, "acc": 0.0}]),
     ("assin2_sts_lb", PAIR, [" 3,8"], ["nada"], [{"pearson": 0.0, "mse": 0.0}, {"pearson": 0.0, "mse": 1.44}]),

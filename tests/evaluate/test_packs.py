@@ -127,10 +127,11 @@ def test_what_is_wrong_with_a_pack_is_said(tmp_path, old, new, message):
 @pytest.mark.parametrize(("text", "message"), [
     ("", "is empty"), ("- 1\n", "holds list"), ("task: [", r"broken\.yaml:1"), ("a: &x [1]\nb: *x\n", "references"),
     ("a: &a [x]\nb: &b [*a, *a]\n", "references"), ("a: !!python/object/apply:os.system [ls]\n", "could not determine"),
-    ("a: !python/name:os.system\n", "could not determine"), ("[" * 4000, "a pack must be plain YAML"),
+    ("a: !python/name:os.system\n", "could not determine"), ("- " * 4000, "a pack must be plain YAML"),
     ("a: " + "[" * 100 + "]" * 100, "nested more than"), ("a: \x00", "a pack must be plain YAML"),
     ("a: !function [x]\n", "expected a scalar"), ("x" * 200_000, "cannot be read"),
     ("a: 1\n---\nb: 2\n", "another document"),
+    ("task: !!binary aGk=\n", "could not determine"), ("tag: !!set {a}\n", "could not determine"),
     ("a: 2024-99-99\n", "a pack must be plain YAML"), ("a: " + "9" * 5000, "a pack must be plain YAML|whole number"),
 ])
 def test_hostile_yaml_is_one_sentence(tmp_path, text, message):
