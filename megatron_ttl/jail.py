@@ -14,7 +14,7 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # CLONE_* of unshare(2)
@@ -142,7 +142,7 @@ def _no_new_privileges(libc: ctypes.CDLL) -> None:
         libc.prctl(_DROP_BOUND, right, 0, 0, 0)
 
 
-def _filter(column: int, architecture: int, own: int) -> Iterable[bytes]:
+def _filter(column: int, architecture: int, own: int) -> Iterator[bytes]:
     """Yield the instructions of the filter (struct sock_filter, BPF); see seccomp(2)."""
     def instruction(code: int, value: int, if_so: int = 0, if_not: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_so, if_not, value)

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_ttl import console
 from megatron_ttl.errors import DataError
-from megatron_ttl.evaluate.sandbox import Limits, run_programs
+from megatron_ttl.evaluate.sandbox import Limits, Outcome, require_sandbox, run_programs
 
 PASSED, FAILED, TIMED_OUT, REFUSED = "passed", "failed", "timed out", "refused"
 
@@ -51,7 +51,7 @@ def judge_completions(problems: Sequence[Mapping[str, Any]], completions: Sequen
     proof = secrets.token_hex(16)
     programs = [_program(problem, completion, proof)
                 for problem, own in zip(problems, completions, strict=True) for completion in own]
-    with console.progress("running programs", len(programs), "") as report:
+    with console.progress(f"running programs behind {require_sandbox()}", len(programs), "") as report:
         outcomes = iter(run_programs(programs, limits, workers, report))
     return [[_verdict(next(outcomes), proof) for _ in own] for own in completions]
 
@@ -64,7 +64,7 @@ def _program(problem: Mapping[str, Any], completion: str, proof: str) -> str:
     return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({name})\nprint('\\n{proof}')\n"
 
 
-def _verdict(outcome: Any, proof: str) -> str:
+def _verdict(outcome: Outcome, proof: str) -> str:
     if outcome.kind in (TIMED_OUT, REFUSED):
         return outcome.kind
     return PASSED if outcome.kind == "ended" and outcome.output.endswith(f"\n{proof}\n") else FAILED

@@ -26,6 +26,7 @@ from typing import Literal
 
 from megatron_ttl import jail
 from megatron_ttl.errors import ConfigError
+from megatron_ttl.files import or_disk_error
 
 _MIB = 1 << 20
 _PROBE_SECONDS = 60
@@ -101,6 +102,7 @@ def run_programs(programs: Iterable[str], limits: Limits | None = None, workers:
 
     Raises:
         ConfigError: they cannot be shut in here.
+        DiskError: a program could not be written for its Python to read.
     """
     require_sandbox()
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
@@ -182,9 +184,10 @@ def _source(program: str) -> bytes | None:
 
 def _start(number: int, source: bytes, folder: Path, limits: Limits, selector: selectors.BaseSelector) -> _Running:
     own = folder / str(number)
-    own.mkdir()
     file = own / "program.py"
-    file.write_bytes(source)
+    with or_disk_error(file):
+        own.mkdir()
+        file.write_bytes(source)
     process = subprocess.Popen(_command(str(file), limits), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env={}, cwd=own, start_new_session=True, bufsize=0)
     running = _Running(number, process, own, time.monotonic() + limits.wall_seconds)
