@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from megatron_ttl.evaluate.code_execution import PASSED, judge_completions, pass_at_k
+from megatron_ttl.evaluate.code_execution import PASSED, judge_completions, pass_at_k, require_runnable
 from megatron_ttl.evaluate.drop_metric import best_drop_scores
 from megatron_ttl.evaluate.pack_functions import multiple_choice_row, pack_function
 
@@ -95,6 +95,14 @@ def mean_over_subsets(items: Iterable[tuple[str, float]]) -> float:
     for subset, value in items:
         subsets.setdefault(subset, []).append(value)
     return fmean(map(fmean, subsets.values()))
+
+
+@pack_function
+def runnable_problems(rows: Iterable[Row]) -> list[Row]:
+    """Return HumanEval's problems; where programs cannot be run, say so now and not after all answers are generated."""
+    found = list(rows)
+    require_runnable(found)
+    return found
 
 
 @pack_function

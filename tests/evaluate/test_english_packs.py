@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import harness_tasks
 import pytest
 from english_items import DROP, ITEMS, MMLU, PROBLEMS
 
-from megatron_ttl.errors import DataError
+from megatron_ttl.errors import ConfigError, DataError
 from megatron_ttl.evaluate import english_functions
 from megatron_ttl.evaluate.packs import find_tasks
 from megatron_ttl.evaluate.task import Task
@@ -174,6 +175,12 @@ def test_humaneval_asks_as_lm_eval_and_runs_what_comes_back(tasks):
     assert requests(mine, 0) == requests(right, 0)
     assert mine.get_config("repeats") == 1 and tasks["humaneval"].metrics == ("pass@1",)
     assert counted(mine, [RIGHT[:1], ["    return []\n"], RIGHT[2:]]) == [{"pass@1": 1.0}, {"pass@1": 0.0}, {"pass@1": 1.0}]
+
+
+def test_humaneval_is_refused_before_anything_is_asked(tasks, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ConfigError, match="cannot be shut in on darwin"):
+        ours(tasks["humaneval"])
 
 
 def test_several_answers_give_pass_at_k(tasks):
