@@ -47,11 +47,11 @@ class Task:
     license: str
     load: Callable[[], TaskData] = field(repr=False)
     """Reads the rows; a DataError says what is wrong with them."""
-    demonstrations_column: str | None = None
-    """The demonstrations of an item are those that agree with it in this key (MMLU: `subject`); None: all are its own."""
     prompt_checksum: str = ""
     """Of everything in the definition that a model gets to see or that decides how answers are counted."""
     tags: tuple[str, ...] = ()
+    demonstrations_column: str | None = None
+    """The demonstrations of an item are those that agree with it in this key (MMLU: `subject`); None: all are its own."""
 
 
 @dataclass(frozen=True)
