@@ -130,12 +130,14 @@ GOLDEN = {
                             "foto linda!\n"
                             "Pergunta: O texto é ofensivo?\nResposta:", SHORT),
     "portuguese_hate_speech_lb": (
-        HATE, HATE_DEMO, "Abaixo contém o texto de tweets de usuários do Twitter em português, sua tarefa é classificar se o "
+        HATE, HATE_DEMO, "Abaixo contém o texto de tweets de usuários do Twitter em português, sua tarefa é "
+        "classificar se o "
         'texto contém discurso de ódio ou não. Responda apenas com "Sim" ou "Não".\n\nTexto: Cala a boca, seu inútil\n'
         "Pergunta: O texto contém discurso de ódio?\nResposta: Sim\n\nTexto: Que foto linda!\nPergunta: O texto contém "
         "discurso de ódio?\nResposta:", SHORT),
     "tweetsentbr_lb": (
-        TWEET, TWEET_DEMO, "Abaixo contém o texto de tweets de usuários do Twitter em português, sua tarefa é classificar se "
+        TWEET, TWEET_DEMO, "Abaixo contém o texto de tweets de usuários do Twitter em português, sua tarefa é "
+        "classificar se "
         "o sentimento do texto é Positivo, Neutro ou Negativo. Responda apenas com uma das opções.\n\nTexto: Hoje é "
         "terça-feira\nPergunta: O sentimento do texto é Positivo, Neutro ou Negativo?\nResposta: Neutro\n\nTexto: Adorei o "
         "show de ontem!\nPergunta: O sentimento do texto é Positivo, Neutro ou Negativo?\nResposta:", SHORT),
