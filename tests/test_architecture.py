@@ -102,6 +102,8 @@ PLANTED = [
      "without weights_only=True"),
     (CALL, "megatron_ttl/checkpoint/foreign_child.py", "import torch\ntorch.load('x')\n", "without weights_only=True"),
     (CALL, "megatron_ttl/checkpoint/foreign_child.py", "import pickle\n", "imports pickle"),
+    (CALL, "megatron_ttl/checkpoint/foreign_child.py", "import os\nos.execve('ls', [], {})\n", "uses os.execve"),
+    (CALL, "megatron_ttl/jail.py", "import os\nos.execvp('ls', [])\n", "uses os.execvp"),
     (CALL, "megatron_ttl/a.py", "def f(pandas):\n    pandas.read_pickle('x')\n", "calls read_pickle"),
     (CALL, "megatron_ttl/a.py", "import yaml\nyaml.full_load('x')\n", "uses yaml.full_load"),
     (CALL, "megatron_ttl/a.py", "def f(t):\n    t.apply_chat_template([])\n", "calls apply_chat_template"),

@@ -1,7 +1,8 @@
 """The one place that unpickles: a process of its own, run by `foreign.py`, which trusts nothing of what it leaves.
 
-Run as a script and isolated (`python -I`), so it imports nothing of the package. Standard input is the foreign file;
-the arguments are the file of tensors to write and the file of the answer, JSON: `{"faults": [...], "left_out": [...]}`.
+Run as a script and isolated (`python -I`), so it imports nothing of the package but the jail. Standard input is the
+foreign file; the arguments are the file of tensors to write and the file of the answer, JSON:
+`{"faults": [...], "left_out": [...]}`.
 
 torch's restricted unpickler takes tensors and plain values only. It was broken before (CVE-2025-32434, CVE-2026-24747),
 so what a break could use is closed first: network, processes, other files, memory without end.
@@ -9,17 +10,19 @@ so what a break could use is closed first: network, processes, other files, memo
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
 import resource
-import signal
 import sys
 from typing import Any
 
-_NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000  # CLONE_* of unshare(2)
-_DEATH_SIGNAL, _NO_NEW_PRIVILEGES = 1, 38  # PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS of prctl(2)
+if not __package__:  # isolated: the package lies on no path
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+from megatron_ttl.jail import die_with_parent, leave_the_network, set_limits
+
+if not __package__:
+    del sys.path[0]
 _MIB = 1 << 20
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _FORBIDDEN = (
@@ -30,25 +33,13 @@ _FORBIDDEN = (
 _WRAPPERS = ("state_dict", "model", "module")
 
 
-def leave_the_network() -> bool:
-    """Move to a network without any interface; not every system permits it. Before any thread is started."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    return any(libc.unshare(flags) == 0 for flags in (_NEW_NETWORK, _NEW_USER | _NEW_NETWORK))
-
-
 def close_doors(file_bytes: int, writable: tuple[str, ...]) -> None:
     """Set limits on everything, and let Python itself refuse what no state dict needs. Cannot be undone."""
     with open("/proc/self/statm", encoding="ascii") as handle:
         mapped = int(handle.read().split()[0]) * resource.getpagesize()
-    limits = {resource.RLIMIT_AS: mapped + 4 * file_bytes + 512 * _MIB, resource.RLIMIT_CPU: cpu_seconds(file_bytes),
-              resource.RLIMIT_FSIZE: 2 * file_bytes + 64 * _MIB, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_NPROC: 0,
-              resource.RLIMIT_CORE: 0}
-    for what, most in limits.items():
-        hard = resource.getrlimit(what)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(what, (most, most))
+    set_limits({resource.RLIMIT_AS: mapped + 4 * file_bytes + 512 * _MIB, resource.RLIMIT_CPU: cpu_seconds(file_bytes),
+                resource.RLIMIT_FSIZE: 2 * file_bytes + 64 * _MIB, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_NPROC: 0,
+                resource.RLIMIT_CORE: 0})
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES
@@ -123,6 +114,7 @@ def reason_of(error: BaseException) -> str:
 def main(tensor_path: str, answer_path: str) -> None:
     """Read the foreign file, write its tensors and the answer."""
     networked = not leave_the_network()
+    die_with_parent()
     import torch
     from safetensors.torch import save_file
 

@@ -55,12 +55,14 @@ class HubTable(Section):
 
 
 class DemonstrationsTable(Section):
-    """Rows that are the demonstrations, in this order."""
+    """Which rows are the demonstrations, in this order."""
 
     ids: tuple[str, ...] = ()
     """Ids, in the demonstrations' file, or else in the test file, where they are no longer asked about."""
     rows: tuple[int, ...] = ()
     """Numbers from 0 in the demonstrations' file."""
+    column: str | None = None
+    """Key of the rows: an item's demonstrations are those that agree with it there."""
 
 
 class PackTable(Section):
@@ -191,6 +193,7 @@ FUNCTION_PLACES = {
     "process_docs": True, "process_results": True, "metric_list[].metric": False, "metric_list[].aggregation": False,
     "fewshot_config.samples": False, "fewshot_config.process_docs": True, "fewshot_config.doc_to_text": False,
     "fewshot_config.doc_to_choice": False, "fewshot_config.doc_to_target": False, "pack.prepare": True,
+    "filter_list[].filter[].filter_fn": True,
 }
 _PACKS_DO_NOT = ("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split",
                  "test_split", "fewshot_split", "metadata", "include", "use_prompt", "unsafe_code", "doc_to_image",
@@ -286,5 +289,8 @@ def shape_faults(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "doc_to_choice", "is missing; must say what can be chosen in a multiple_choice task; add it"
     if raw["output_type"] == "generate_until" and not (raw.get("generation_kwargs") or {}).get("until"):
         yield "generation_kwargs.until", "is missing; must list the texts that end an answer; add them"
-    if "demonstrations" in raw["pack"] and (raw.get("fewshot_config") or {}).get("sampler") != "first_n":
+    chosen = raw["pack"].get("demonstrations") or {}
+    if (column := chosen.get("column")) and column not in raw["pack"]["rows"]:
+        yield "pack.demonstrations.column", f"is {column}; must be a key that the rows have; add {column} to pack.rows"
+    if ({"ids", "rows"} & chosen.keys()) and (raw.get("fewshot_config") or {}).get("sampler") != "first_n":
         yield "pack.demonstrations", "is given; its order counts only with fewshot_config.sampler first_n; add that"

@@ -20,7 +20,7 @@ from megatron_ttl.config.read import DEEPEST, nested_deeper, read_text
 from megatron_ttl.config.suggest import did_you_mean, nearest_words
 from megatron_ttl.config.validate import validate
 from megatron_ttl.errors import ConfigError, DataError, raise_faults
-from megatron_ttl.evaluate import pack_schema
+from megatron_ttl.evaluate import english_functions, pack_schema  # noqa: F401 (registers its functions)
 from megatron_ttl.evaluate.pack_data import DataFiles, RowRules, count_rows, find_files, read_task_data, task_data_of
 from megatron_ttl.evaluate.pack_functions import FUNCTIONS
 from megatron_ttl.evaluate.pack_schema import FunctionName, HubTable, PackFile
@@ -149,7 +149,8 @@ def _task(pack: Pack, data: Path, hub: bool) -> Task:
     return Task(name=file.task, version=table.version, definition=table.definition, language=table.language,
                 prompt_language=table.prompt_language, shots=file.num_fewshot or 0, metrics=_metrics(pack), config=config,
                 source=table.source, license=table.license, load=partial(_load, pack, data, hub),
-                prompt_checksum=_prompt_checksum(pack), tags=tuple(tags))
+                prompt_checksum=_prompt_checksum(pack), tags=tuple(tags),
+                demonstrations_column=table.demonstrations.column if table.demonstrations else None)
 
 
 def _metrics(pack: Pack) -> tuple[str, ...]:

@@ -50,6 +50,8 @@ class Task:
     prompt_checksum: str = ""
     """Of everything in the definition that a model gets to see or that decides how answers are counted."""
     tags: tuple[str, ...] = ()
+    demonstrations_column: str | None = None
+    """The demonstrations of an item are those that agree with it in this key (MMLU: `subject`); None: all are its own."""
 
 
 @dataclass(frozen=True)

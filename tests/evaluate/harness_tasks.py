@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ttl.evaluate.demonstrations import with_own_demonstrations
+
 
 class Rows(list):
     """Rows as lm-eval wants them: a list that knows its columns."""
@@ -17,42 +19,51 @@ class Rows(list):
         return dict.fromkeys(name for row in self for name in row)
 
 
-def ours(config: Mapping[str, Any], splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    """Return lm-eval's task for the definition of a pack."""
+def ours(config: Mapping[str, Any], splits: Mapping[str, Sequence[Mapping[str, Any]]], column: str | None = None) -> Any:
+    """Return lm-eval's task for the definition of a pack, demonstrations by a column if one is named."""
     pool = "fewshot" if "fewshot" in splits else "test"
     return _task({**config, "custom_dataset": lambda **_: {name: Rows(rows) for name, rows in splits.items()},
-                  "test_split": "test", "fewshot_split": pool})
+                  "test_split": "test", "fewshot_split": pool}, column)
 
 
-def theirs(path: str, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    """Return the task of a YAML file of the installed lm-eval (path inside its tasks) over rows of its own shape."""
+def theirs(path: str, splits: Mapping[str, Sequence[Mapping[str, Any]]], functions: bool = True, **changes: Any) -> Any:
+    """Return the task of a YAML file of the installed lm-eval (path inside its tasks) over rows of its own shape.
+
+    `functions` says whether those that it names are imported; `changes` replace keys.
+    """
     import datasets
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
     datasets.disable_progress_bars()
-    config = load_yaml(Path(lm_eval.tasks.__file__).parent / path)
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / path, resolve_func=functions) | changes
     for key in ("dataset_path", "dataset_name"):
         config.pop(key, None)
     return _task({**config, "custom_dataset": lambda **_: {name: datasets.Dataset.from_list(list(rows))
                                                            for name, rows in splits.items()}, "metadata": None})
 
 
-def _task(config: dict[str, Any]) -> Any:
+def _task(config: dict[str, Any], column: str | None = None) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    task = ConfigurableTask(config=copy.deepcopy(config))
+    kind = with_own_demonstrations(ConfigurableTask, column) if column else ConfigurableTask
+    task = kind(config=copy.deepcopy(config))
     task.set_fewshot_seed(0)
     return task
 
 
-def asked(task: Any, shots: int | None = None) -> list[list[Any]]:
-    """Return for every row the requests: (context, continuation), or (context, generation options)."""
+def asked(task: Any, shots: int | None = None, seed: int | None = None) -> list[list[Any]]:
+    """Return for every row the requests: (context, continuation), or (context, generation options).
+
+    With a seed every row draws its demonstrations anew: lm-eval draws one more where it might have to leave one out.
+    """
     if shots is None:
         shots = task.config.num_fewshot or 0
     requests = []
     for number, row in enumerate(task.eval_docs):
+        if seed is not None:
+            task.set_fewshot_seed(seed)
         made = task.construct_requests(doc=row, ctx=task.fewshot_context(row, shots), metadata=("", number, 1))
         requests.append([one.args for one in (made if isinstance(made, list) else [made])])
     return requests
