@@ -127,6 +127,17 @@ def most_probable(logits: Tensor, vocab_size: int, parallel: TensorParallel | No
     return -parallel.largest(-best).view(logits.shape[:-1])
 
 
+def whole_vocabulary(logits: Tensor, vocab_size: int, parallel: TensorParallel | None = None) -> Tensor:
+    """Return all logits, without padding, on every rank that shares the vocabulary: [b, v or v/t] -> [b, v]."""
+    if parallel is None:
+        return logits[:, :vocab_size]
+    first = parallel.rank * logits.shape[-1]
+    own = logits[:, : max(0, vocab_size - first)]
+    whole = logits.new_zeros(len(logits), vocab_size)
+    whole[:, first : first + own.shape[1]] = own
+    return parallel.sum(whole)
+
+
 def _largest(own: Tensor) -> Tensor:
     """Maximum of each token's own logits, fp32; minus infinity where this rank has none."""
     if own.shape[1] == 0:
