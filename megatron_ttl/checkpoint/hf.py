@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from megatron_ttl.checkpoint.bounded_json import read_json_object
 from megatron_ttl.checkpoint.hf_config import hf_config, read_hf_config
 from megatron_ttl.checkpoint.hf_weights import build_from, find_weights, load_weights, write_weights
 from megatron_ttl.checkpoint.names import hf_shapes
-from megatron_ttl.checkpoint.store import Checkpoint, CheckpointStore
+from megatron_ttl.checkpoint.store import Checkpoint
+from megatron_ttl.checkpoint.stored_run import open_run, require_weights
 from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.console import progress
 from megatron_ttl.errors import CheckpointError, ConfigError, DiskError, raise_faults
@@ -57,24 +57,10 @@ def export_run(run: str | os.PathLike[str], output: str | os.PathLike[str], step
     Raises:
         CheckpointError: it is no run folder, or has no such valid checkpoint.
     """
-    folder = Path(run)
-    if not (folder / "settings.json").is_file():
-        raise CheckpointError(f"{folder}: is no run folder (it has no settings.json); it must be the run.dir "
-                              "of a training; correct the path")
-    settings = read_json_object(folder / "settings.json")
-    try:
-        config = ModelConfig.model_validate(settings["run"]["model"])
-    except (KeyError, TypeError, ValidationError) as error:
-        raise CheckpointError(f"{folder / 'settings.json'}: run.model cannot be read ({str(error)[:200]}); "
-                              "it must be as the run wrote it; restore the file") from None
-    store = CheckpointStore(folder / "checkpoints")
-    checkpoint = store.latest_valid() if step is None else store.open(step)
-    if checkpoint is None:
-        raise CheckpointError(f"{folder}: has no checkpoint yet; the run must have saved one; train it "
-                              "further")
-    result = export_model_folder(checkpoint, config, folder / "tokenizer", output,
-                                 run_name=folder.resolve().name, **options)
-    return {"run": str(folder), **result, "warnings": store.warnings}
+    opened = open_run(run)
+    result = export_model_folder(opened.checkpoint(step), opened.config, opened.tokenizer_directory, output,
+                                 run_name=opened.name, **options)
+    return {"run": str(opened.directory), **result, "warnings": opened.store.warnings}
 
 
 def export_model_folder(
@@ -107,7 +93,7 @@ def export_model_folder(
     """
     output = Path(output)
     raise_faults(ConfigError, _option_faults(output, dtype, overwrite))
-    raise_faults(CheckpointError, _weight_faults(checkpoint, config))
+    require_weights(checkpoint, config)
     tokenizer = Tokenizer.load(tokenizer_dir)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(f"{tokenizer_dir}: has {tokenizer.vocab_size} pieces, the model "
@@ -152,15 +138,6 @@ def _option_faults(output: Path, dtype: str, overwrite: bool) -> list[str]:
             faults.append(f"{output}: is not empty and no model folder (it has no config.json); only a model "
                           "folder is overwritten; choose another name")
     return faults
-
-
-def _weight_faults(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
-    expected = hf_shapes(config)
-    entries = checkpoint.manifest.groups.get("weights", {})
-    found = {name: tuple(entry.shape) for name, entry in entries.items()}
-    return [f"{checkpoint.directory}: {name}: has shape {found.get(name)}; the run's settings ask for "
-            f"{expected.get(name)}; they must belong together; use the settings of this run"
-            for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
 
 
 def _copy_tokenizer(source: Path, folder: Path, bos: bool | None) -> None:

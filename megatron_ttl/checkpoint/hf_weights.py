@@ -103,9 +103,14 @@ def load_weights(weights: WeightFiles, config: ModelConfig, device: torch.device
                  dtype: torch.dtype) -> nn.Sequential:
     """Build the model and read its weights, one at a time."""
     with ExitStack() as stack:
-        handles = {file: stack.enter_context(open_tensors(weights.folder / file))
-                   for file in sorted(set(weights.file_of.values()))}
-        return build_from(lambda name: handles[weights.file_of[name]].get_tensor(name), config, device, dtype)
+        return build_from(open_weights(weights, stack), config, device, dtype)
+
+
+def open_weights(weights: WeightFiles, stack: ExitStack) -> Callable[[str], Tensor]:
+    """Open the files until the stack is closed; return what reads a tensor by its name."""
+    handles = {file: stack.enter_context(open_tensors(weights.folder / file))
+               for file in sorted(set(weights.file_of.values()))}
+    return lambda name: handles[weights.file_of[name]].get_tensor(name)
 
 
 def build_from(tensor_of: Callable[[str], Tensor], config: ModelConfig, device: torch.device | str = "cpu",

@@ -39,11 +39,16 @@ class StaticCache:
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
-    def repeated(self, count: int) -> StaticCache:
-        """Return a cache with `count` copies of this one sequence, for several samples of one prompt."""
-        batch, kv_heads, capacity, head_dim = self._keys.shape
+    def shorten(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def repeated(self, count: int, capacity: int | None = None) -> StaticCache:
+        """Return a cache with `count` copies of this one sequence, for what may follow it; None: of the same capacity."""
+        batch, kv_heads, own, head_dim = self._keys.shape
         assert batch == 1, f"one sequence can be repeated, not {batch}"
-        other = StaticCache(count, kv_heads, capacity, head_dim, self._keys.device, self._keys.dtype)
+        other = StaticCache(count, kv_heads, capacity or own, head_dim, self._keys.device, self._keys.dtype)
         other.append(self._keys[:, :, : self.length], self._values[:, :, : self.length])
         return other
 

@@ -45,6 +45,18 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def choose_dtype(name: str) -> torch.dtype:
+    """Return the dtype that a model is opened in.
+
+    Raises:
+        UserError: no such dtype.
+    """
+    if name not in DTYPES:
+        raise UserError(f"dtype: {name!r}; it must be one of {', '.join(DTYPES)}; take float32 for exact "
+                        "figures, bfloat16 for half the memory")
+    return DTYPES[name]
+
+
 def open_model_folder(path: str | os.PathLike[str], device: str = "auto",
                       dtype: str = "float32") -> OpenModel:
     """Load a model folder and its tokenizer, and check that they fit together.
@@ -57,21 +69,32 @@ def open_model_folder(path: str | os.PathLike[str], device: str = "auto",
     Raises:
         UserError: the device, the folder or a file in it is missing or wrong.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r}; it must be one of {', '.join(DTYPES)}; take float32 for exact "
-                        "figures, bfloat16 for half the memory")
-    directory, where = Path(path), choose_device(device)
-    model, config = load_model_folder(directory, where, DTYPES[dtype])
+    directory, where, torch_dtype = Path(path), choose_device(device), choose_dtype(dtype)
+    model, config = load_model_folder(directory, where, torch_dtype)
+    tokenizer = load_tokenizer(directory, config)
+    return OpenModel(directory, model.eval(), config, tokenizer, adds_bos(directory), where, dtype)
+
+
+def load_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
+    """Load the tokenizer of a folder, and check that the model has a row for every piece.
+
+    Raises:
+        UserError: the folder or a file in it is missing or wrong, or the model is too small for it.
+    """
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model "
                               f"{config.vocab_size} rows; the model must have a row for every piece; put the "
                               "tokenizer of this model beside it")
-    return OpenModel(directory, model.eval(), config, tokenizer, _adds_bos(directory), where, dtype)
+    return tokenizer
 
 
-def _adds_bos(directory: Path) -> bool:
-    """Read `add_bos_token` of tokenizer_config.json; left out, it is true, as in Hugging Face's Llama."""
+def adds_bos(directory: Path) -> bool:
+    """Read `add_bos_token` of tokenizer_config.json; left out, it is true, as in Hugging Face's Llama.
+
+    Raises:
+        CheckpointError: it is neither true nor false.
+    """
     path = directory / "tokenizer_config.json"
     policy = read_json_object(path, follow_links=True).get("add_bos_token", True)
     if not isinstance(policy, bool):

@@ -117,6 +117,17 @@ def _rank(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return ranked[:, : top_k or None], ids[:, : top_k or None]
 
 
+def require_finite(logits: Tensor) -> None:
+    """Refuse what a damaged model says.
+
+    Raises:
+        CheckpointError: something is no number.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise CheckpointError("model: its logits hold NaN or infinity; they must be numbers; the weights "
+                              "are damaged or overflow in this dtype: try float32, or convert again")
+
+
 class TokenChooser:
     """Choose one token per sequence and step; the same seed gives the same draws on every device.
 
@@ -139,9 +150,7 @@ class TokenChooser:
         Raises:
             CheckpointError: the model gave something that is no number.
         """
-        if not bool(torch.isfinite(logits).all()):
-            raise CheckpointError("model: its logits hold NaN or infinity; they must be numbers; the weights "
-                                  "are damaged or overflow in this dtype: try float32, or convert again")
+        require_finite(logits)
         if self.sampling.greedy:
             return logits.argmax(-1).cpu()  # the first, that is lowest, id among equals
         return self._draw(probabilities(logits, self.sampling).cpu().double())

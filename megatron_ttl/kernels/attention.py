@@ -28,14 +28,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     Args:
         query: [b, n, s_q, d].
         key, value: [b, k, s_k, d] with n a multiple of k and s_k >= s_q (longer when a cache holds earlier tokens).
-        mask: [b, 1, s_q, s_k], added to the scores; causal itself, and every query sees a key. Not with a cache.
+        mask: [b, 1, s_q, s_k], added to the scores; causal itself, and every query sees a key.
 
     Returns:
         [b, n, s_q, d].
     """
     grouped = query.shape[1] != key.shape[1]
     if mask is not None:
-        assert query.shape[2] == key.shape[2] == mask.shape[-1], "a mask is for whole sequences"
+        assert mask.shape[-2:] == (query.shape[2], key.shape[2]), "a mask is for every query and every key"
         if grouped and query.is_cuda:  # the one backend there that masks and is no written-out formula takes no groups
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
         with sdpa_kernel(_masking_backends(query), set_priority=True):

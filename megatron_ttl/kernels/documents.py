@@ -40,5 +40,10 @@ def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
     place = torch.arange(positions.shape[1], device=positions.device)
     first = (place - positions)[:, :, None]  # where the document of query i begins
     seen = (place >= first) & (place <= place[:, None])  # [b, s, s]
-    mask = torch.zeros(seen.shape, dtype=dtype, device=positions.device)
+    return added_mask(seen, dtype)
+
+
+def added_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 0 where query i sees key j, -inf elsewhere: [b, s_q, s_k] bool -> [b, 1, s_q, s_k]."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, -math.inf)[:, None]

@@ -70,8 +70,10 @@ class SelfAttention(nn.Module):
         return self.mix(self.qkv_proj(x), cache, documents)
 
     def mix(self, packed: Tensor, cache: KeyValueCache | None = None, documents: Documents | None = None) -> Tensor:
-        """Attend and project back: [b, s, (n + 2k) d] -> [b, s, h]. The numbers of heads follow from the width."""
-        assert cache is None or documents is None, "a cache holds one document"
+        """Attend and project back: [b, s, (n + 2k) d] -> [b, s, h]. The numbers of heads follow from the width.
+
+        On top of a cache, the positions of `documents` count from its end and its mask is for all keys, [b, 1, s, s_total].
+        """
         batch, length, _ = packed.shape
         heads = packed.view(batch, length, -1, self.head_dim)  # [b, s, n + 2k, d]
         kv_heads = heads.shape[2] // (self.groups + 2)

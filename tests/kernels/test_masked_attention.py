@@ -75,11 +75,14 @@ def test_every_backend_masks_or_refuses(device, dtype, monkeypatch):
         assert relative_error(ours, exact) < (2e-6 if dtype == torch.float32 else 1e-2), backend
 
 
-def test_a_mask_is_not_for_a_cache():
-    """Nor for another length than that of the keys."""
+def test_a_mask_is_for_all_queries_and_keys():
+    """On top of a cache too; a mask of another size would be stretched."""
     query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
-    with pytest.raises(AssertionError, match="whole sequences"):
-        attention(query, key, key, torch.zeros(1, 1, 3, 5))
+    mask = torch.zeros(1, 1, 3, 5).masked_fill_(torch.ones(3, 5).triu(3).bool(), -torch.inf)
+    assert relative_error(attention(query, key, key, mask), attention_reference(query, key, key)) < 2e-6
+    for size in ((3, 3), (1, 5), (3, 1)):
+        with pytest.raises(AssertionError, match="every query and every key"):
+            attention(query, key, key, torch.zeros(1, 1, *size))
 
 
 def test_rotary_takes_positions_of_each_sample():
