@@ -10,11 +10,15 @@ from test_loop import GENTLE, losses, rows, same_tensors
 from tiny_session import train_here, write_data, write_settings
 
 from megatron_ttl.errors import DataError
+from megatron_ttl.evaluate.answer import ModelAnswerer
+from megatron_ttl.evaluate.open_run import open_checkpoint_model
+from megatron_ttl.evaluate.signals import read_signal_tasks
+from megatron_ttl.evaluate.task import Request
 from megatron_ttl.testing import run_distributed
 
 PROMPTS = ["o menino", ""]
 ASKED = [f"evaluation.samples={json.dumps(PROMPTS)}", "evaluation.sample_tokens=9", "evaluation.task_items=7",
-         'evaluation.tasks=["agreement_pt", "cloze_pt"]']
+         'evaluation.tasks=["agreement_pt", "cloze_pt"]', "model.max_position_embeddings=44"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def one(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     stopped = f"run.dir={folder}/stopped"
     assert train_all(folder, data, folder / "asked", 1, (ASKED, None),
-                     (["evaluation.every_steps=100", f"run.dir={folder}/silent"], None),
+                     (["evaluation.every_steps=100", ASKED[-1], f"run.dir={folder}/silent"], None),
                      ([*ASKED, stopped], 7), ([*ASKED, stopped], None)) == [0, 0, 85, 0]
     return folder
 
@@ -85,6 +89,23 @@ def test_a_resumed_run_says_the_same(one):
         assert {**ours, "time": 0} == {**theirs, "time": 0}
 
 
+def test_a_checkpoint_is_judged_as_the_run_judged_itself(one):
+    """The accuracies of `tools/evaluate.py`'s own scoring of the last checkpoint."""
+    row = rows(one / "asked", "evaluation")[-1]
+    answerer = ModelAnswerer(open_checkpoint_model(one / "asked", device="cpu"))
+    for task in read_signal_tasks(["agreement_pt", "cloze_pt"], limit=7):
+        right, nats = [], []
+        for number, item in enumerate(task.items):
+            found = answerer.loglikelihood([Request(item.context, text, number) for text in item.continuations])
+            nats.append(-found[0][0])
+            likelihoods = [likelihood for likelihood, _ in found]
+            right.append(found[0][1] if item.answer is None else likelihoods.index(max(likelihoods)) == item.answer)
+        assert row[f"accuracy/{task.name}"] == sum(right) / 7
+        if not task.has_choices:
+            assert row[f"target_perplexity/{task.name}"] == pytest.approx(math.exp(sum(nats) / 7), rel=1e-5)
+    assert answerer.truncated, "some context must be too long for 44 positions"
+
+
 @pytest.mark.parametrize(("processes", "changes"), [
     (2, {"stage": 3}), (2, {"parallel": {"tensor": 2, "sequence": True}, "stage": 2, "micro_batch": 4}),
     (2, {"parallel": {"pipeline": 2}, "stage": 0}), (4, {"parallel": {"tensor": 2, "pipeline": 2}})],
@@ -118,7 +139,7 @@ def stopped_while_asked(mesh, deepspeed, run):
 
     Engine.row_scores = scores
     try:
-        return train_here(mesh, deepspeed, run, [*ASKED[:2], ASKED[3], "evaluation.task_items=3", "evaluation.prefixes=[]"]), len(calls)
+        return train_here(mesh, deepspeed, run, [*ASKED[:2], *ASKED[3:], "evaluation.task_items=3", "evaluation.prefixes=[]"]), len(calls)
     finally:
         Engine.row_scores = real
 
@@ -137,7 +158,7 @@ def test_a_request_to_stop_cuts_the_evaluation_short(data, tmp_path):
 
 
 @pytest.mark.parametrize(("override", "fault"), [
-    ('evaluation.samples=["o rio o rio o rio o rio o rio o rio o rio o rio o rio o rio"]',
+    (f'evaluation.samples=["{"o rio " * 15}"]',
      r"evaluation.samples\[0\]: has \d+ tokens; with 9 new ones it must fit into train.sequence_length, 32; shorten it to 23"),
     ('evaluation.tasks=["agreement"]', "agreement: is no signal task; it must be one of agreement_pt, .* did you mean"),
     ('evaluation.tasks=["none.jsonl"]', "none.jsonl: cannot be read .No such file or directory.; it must be a file of items")])
