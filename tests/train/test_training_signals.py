@@ -107,9 +107,11 @@ def test_a_checkpoint_is_judged_as_the_run_judged_itself(one):
 
 
 @pytest.mark.parametrize(("processes", "changes"), [
-    (2, {"stage": 3}), (2, {"parallel": {"tensor": 2, "sequence": True}, "stage": 2, "micro_batch": 4}),
-    (2, {"parallel": {"pipeline": 2}, "stage": 0}), (4, {"parallel": {"tensor": 2, "pipeline": 2}})],
-    ids=["zero3", "tensor", "pipeline", "both"])
+    (2, {"stage": 3}), (4, {"parallel": {"tensor": 2, "pipeline": 2, "sequence": True}}),
+    pytest.param(2, {"parallel": {"tensor": 2}, "stage": 2, "micro_batch": 4}, marks=pytest.mark.long),
+    pytest.param(2, {"parallel": {"pipeline": 2}, "stage": 0}, marks=pytest.mark.long),
+    pytest.param(4, {"parallel": {"tensor": 2}, "stage": 3}, marks=pytest.mark.long)],
+    ids=["zero3", "both", "tensor", "pipeline", "tensor-zero3"])
 def test_every_layout_answers_alike(data, tmp_path, one, processes, changes):
     assert train_all(tmp_path, data, tmp_path / "run", processes, (ASKED, None), **changes) == [0]
     for ours, theirs in zip(rows(tmp_path / "run", "evaluation"), rows(one / "asked", "evaluation"), strict=True):
