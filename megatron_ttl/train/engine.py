@@ -104,12 +104,15 @@ class Engine:
 
         The ranks of one data-parallel slice, which must all call with the same windows, return the same.
         """
-        return float(self.row_scores(input_ids, labels)[:, 0].sum())
+        def measure(logits: Tensor, labels: Tensor) -> Tensor:
+            return exact_nats(logits, labels, self._vocab_size, self._tensor_parallel).sum(-1, keepdim=True)
+
+        return float(self._measured(input_ids, labels, measure, 1).sum())
 
     def row_scores(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Return the nats of each row, and how many of its labels are not the most probable id: [b, s] twice -> [b, 2].
 
-        As for `held_out_nats`, whose sums these are; fp64, on the host.
+        As for `held_out_nats`, whose sum theirs is; fp64, on the host.
         """
         def measure(logits: Tensor, labels: Tensor) -> Tensor:
             nats = exact_nats(logits, labels, self._vocab_size, self._tensor_parallel).sum(-1)
