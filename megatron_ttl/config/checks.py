@@ -162,15 +162,31 @@ def _held_out_is_not_trained(run: RunFile) -> Iterator[Fault]:
 
 def _evaluation(run: RunFile) -> Iterator[Fault]:
     evaluation = run.evaluation
-    if evaluation.every_steps and not evaluation.prefixes:
+    given = [name for name in ("prefixes", "samples", "tasks") if getattr(evaluation, name)]
+    if evaluation.every_steps and not given:
         yield ("evaluation.every_steps", f"is {evaluation.every_steps:,} without prefixes; there must be "
-               "something to evaluate on; give evaluation.prefixes or remove it")
-    if evaluation.prefixes and not evaluation.every_steps:
-        yield ("evaluation.every_steps", "is missing, and evaluation.prefixes is given; must say how often; "
-               "give it or remove the prefixes")
+               "something to evaluate on; give evaluation.prefixes, samples or tasks, or remove it")
+    if given and not evaluation.every_steps:
+        yield ("evaluation.every_steps", f"is missing, and evaluation.{given[0]} is given; must say how often; "
+               f"give it or remove the {given[0]}")
     if evaluation.max_tokens is not None and not evaluation.prefixes:
         yield ("evaluation.max_tokens", f"is {evaluation.max_tokens:,} without prefixes; there must be "
                "something to evaluate on; give evaluation.prefixes or remove it")
+
+
+def _samples(run: RunFile) -> Iterator[Fault]:
+    evaluation, sequence = run.evaluation, run.train.sequence_length
+    if evaluation.samples and evaluation.sample_tokens >= sequence:
+        yield ("evaluation.sample_tokens", f"is {evaluation.sample_tokens:,}, train.sequence_length {sequence:,}; must "
+               "leave room for a prompt; lower it")
+    if evaluation.task_items is not None and not evaluation.tasks:
+        yield ("evaluation.task_items", f"is {evaluation.task_items:,} without tasks; there must be a task to limit; give "
+               "evaluation.tasks or remove it")
+    for key in ("samples", "tasks"):
+        texts = getattr(evaluation, key)
+        for i, text in enumerate(texts):
+            if text in texts[:i]:
+                yield (f"evaluation.{key}[{i}]", f'"{text[:80]}" is there twice; each must be named once; remove one')
 
 
 def _evaluation_tokens(run: RunFile) -> Iterator[Fault]:
@@ -270,7 +286,10 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[RunFile], Iterator[Fault]]], ...]
     (("data.stages", *_LENGTH), stages_reach_the_end),
     (("evaluation.prefixes",), _held_out),
     (("data.sources", "evaluation.prefixes"), _held_out_is_not_trained),
-    (("evaluation.prefixes", "evaluation.every_steps", "evaluation.max_tokens"), _evaluation),
+    (("evaluation.prefixes", "evaluation.samples", "evaluation.tasks", "evaluation.every_steps", "evaluation.max_tokens"),
+     _evaluation),
+    (("evaluation.samples", "evaluation.sample_tokens", "evaluation.tasks", "evaluation.task_items",
+      "train.sequence_length"), _samples),
     (("evaluation.max_tokens", "train.sequence_length"), _evaluation_tokens),
     (("checkpoint.every_steps", "checkpoint.keep_every_steps"), _retention),
     (("energy.enabled", "energy.country_iso_code"), _energy),

@@ -157,7 +157,7 @@ class ScheduleConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Loss on documents that training never sees."""
+    """How good the model is while it learns: loss on documents that training never sees, samples, signal tasks."""
 
     prefixes: tuple[str, ...] = ()
     """Held-out datasets, as `preprocess_data.py` writes them beside the training data."""
@@ -165,6 +165,14 @@ class EvaluationConfig(Section):
     """Evaluate after every so many steps, and at the end; absent: never."""
     max_tokens: int | None = Field(default=None, gt=0)
     """Read at most so many tokens of each prefix, always the same ones; absent: all."""
+    samples: tuple[str, ...] = ()
+    """Prompts that are continued at every evaluation, greedily and with a fixed seed; kept in samples.jsonl."""
+    sample_tokens: int = Field(default=64, gt=0)
+    """New tokens of each sample, unless the document ends before."""
+    tasks: tuple[str, ...] = ()
+    """Signal tasks: agreement_pt, cloze_pt, continuation_pt, or paths of `.jsonl` files of tools/make_packs.py."""
+    task_items: int | None = Field(default=None, ge=2)
+    """Only the first so many items of each task; absent: all."""
 
 
 class CheckpointConfig(Section):

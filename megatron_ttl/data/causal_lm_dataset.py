@@ -205,13 +205,16 @@ class CausalLMDataset:
 class HeldOutDataset:
     """The windows of a dataset in file order, each label once: what a loss on unseen text is measured on.
 
-    The last window may be partial: it is filled up with inputs that no label asks about (label -100).
+    Windows lie side by side, or overlap: then the labels of a window but the first are its last `stride`, and what
+    precedes these in the window is only seen. The last window may be partial: it is filled up with inputs that no label
+    asks about (label -100).
 
     Args:
         prefix: a tokenised dataset that is not the training side of a split.
         sequence_length: s.
         max_tokens: read the first so many ids at most; absent: all.
         document_mask: attention is to stay within documents: what follows an EOS is no label.
+        stride: how far a window lies behind the one before it, 1 to s; absent: s, side by side.
 
     Attributes:
         token_count: ids that are read.
@@ -223,9 +226,10 @@ class HeldOutDataset:
     """
 
     def __init__(self, prefix: str | os.PathLike[str], sequence_length: int,
-                 max_tokens: int | None = None, document_mask: bool = False) -> None:
-        assert sequence_length > 0, sequence_length
+                 max_tokens: int | None = None, document_mask: bool = False, stride: int | None = None) -> None:
+        assert 0 < (stride or sequence_length) <= sequence_length, (stride, sequence_length)
         self.sequence_length = sequence_length
+        self.stride = stride or sequence_length
         self.dataset = IndexedDataset(prefix)
         self.manifest = self.dataset.manifest
         self.prefix = self.dataset.prefix
@@ -250,18 +254,18 @@ class HeldOutDataset:
 
     def __len__(self) -> int:
         """Return the number of windows."""
-        return -(-(self.token_count - 1) // self.sequence_length)
+        return 1 + max(0, -(-(self.token_count - 1 - self.sequence_length) // self.stride))
 
     def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (input_ids, labels) of a window, int64.  # [s], [s]"""
         assert 0 <= number < len(self), (number, len(self))
-        s = self.sequence_length
-        tokens = self.dataset.ids[number * s : min(number * s + s + 1, self.token_count)]
-        count = len(tokens) - 1
+        s, start = self.sequence_length, number * self.stride
+        tokens = self.dataset.ids[start : min(start + s + 1, self.token_count)]
+        count, seen = len(tokens) - 1, s - self.stride if number else 0
         input_ids = np.full(s, self._filler, np.int64)
         labels = np.full(s, IGNORED_LABEL, np.int64)
         input_ids[:count] = tokens[:-1]
-        labels[:count] = tokens[1:]
+        labels[seen:count] = tokens[1 + seen :]
         if self.eos_id is not None:
             labels[input_ids == self.eos_id] = IGNORED_LABEL
         return input_ids, labels

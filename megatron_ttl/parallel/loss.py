@@ -81,9 +81,15 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
 
 
 def exact_loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, parallel: TensorParallel | None = None) -> Tensor:
-    """Sum the nats of held-out text, as `loss_sum`: exponentials in fp32, sums and logarithms in fp64 -> fp64 scalar.
+    """Sum the nats of held-out text, as `loss_sum`, but see `exact_nats` -> fp64 scalar."""
+    return exact_nats(logits, labels, vocab_size, parallel).sum()
 
-    A sum in fp32 would err in the seventh digit, and the exponential of the mean would magnify that.
+
+def exact_nats(logits: Tensor, labels: Tensor, vocab_size: int, parallel: TensorParallel | None = None) -> Tensor:
+    """Return the nats of every label, 0 where it is ignored: [b, s, v or v/t], [b, s] -> fp64 [b, s].
+
+    Exponentials are taken in fp32, sums and logarithms in fp64: a sum in fp32 would err in the seventh digit, and the
+    exponential of the mean would magnify that.
     """
     first = parallel.rank * logits.shape[-1] if parallel else 0
     own = logits.flatten(0, -2)[:, : max(0, vocab_size - first)]
@@ -101,7 +107,35 @@ def exact_loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, parallel: Te
     both = torch.stack((torch.cat(totals), torch.cat(picked)))
     if parallel:
         parallel.sum(both)
-    return torch.where(flat != IGNORED_LABEL, both[0].log() - both[1], 0.0).sum()
+    return torch.where(flat != IGNORED_LABEL, both[0].log() - both[1], 0.0).view(labels.shape)
+
+
+def most_probable(logits: Tensor, vocab_size: int, parallel: TensorParallel | None = None) -> Tensor:
+    """Return the id with the largest logit at every place, the lowest among equals: [b, s, v or v/t] -> int64 [b, s].
+
+    Args:
+        logits, vocab_size, parallel: as for `loss_sum`.
+    """
+    first = parallel.rank * logits.shape[-1] if parallel else 0
+    own = logits.flatten(0, -2)[:, : max(0, vocab_size - first)]
+    if parallel is None:
+        return own.argmax(-1).view(logits.shape[:-1])
+    largest = _largest(own)
+    everywhere = parallel.largest(largest.clone())
+    places = own.argmax(-1) + first if own.shape[1] else torch.zeros_like(everywhere, dtype=torch.int64)
+    best = torch.where(largest == everywhere, places, vocab_size)
+    return -parallel.largest(-best).view(logits.shape[:-1])
+
+
+def whole_vocabulary(logits: Tensor, vocab_size: int, parallel: TensorParallel | None = None) -> Tensor:
+    """Return all logits, without padding, on every rank that shares the vocabulary: [b, v or v/t] -> [b, v]."""
+    if parallel is None:
+        return logits[:, :vocab_size]
+    first = parallel.rank * logits.shape[-1]
+    own = logits[:, : max(0, vocab_size - first)]
+    whole = logits.new_zeros(len(logits), vocab_size)
+    whole[:, first : first + own.shape[1]] = own
+    return parallel.sum(whole)
 
 
 def _largest(own: Tensor) -> Tensor:

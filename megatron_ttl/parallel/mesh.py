@@ -69,9 +69,12 @@ class Mesh:
         """Add numbers over the data-parallel processes, in fp64 on the host."""
         return self._sum(values, self.data_parallel_group) if self.layout.data > 1 else list(values)
 
-    def sum_pipeline_parallel(self, *values: float) -> list[float]:
-        """Add numbers over the stages, in fp64 on the host."""
-        return self._sum(values, self.grid.get_pipe_parallel_group()) if self.layout.pipeline > 1 else list(values)
+    def from_last_stage(self, rows: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """Bring numbers of the last stage, which the others have None for, to all stages: fp64, on the host."""
+        found = torch.zeros(shape, dtype=torch.float64) if rows is None else rows.to("cpu", torch.float64)
+        if self.layout.pipeline > 1:
+            dist.all_reduce(found, group=self.grid.get_pipe_parallel_group())
+        return found
 
     @staticmethod
     def _sum(values: tuple[float, ...], group: Any) -> list[float]:

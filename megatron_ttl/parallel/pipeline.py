@@ -63,29 +63,31 @@ class PipelineStage(PipelineModule):
         self._set_bounds(start=mine.start, stop=mine.stop)
 
 
-def evaluate_pipeline(engine: Any, input_ids: Tensor, labels: Tensor, loss: LossFunction) -> float:
+def evaluate_pipeline(engine: Any, input_ids: Tensor, labels: Tensor, measure: LossFunction) -> Tensor | None:
     """Send windows forward through the stages, a micro batch after the other; every process must call.
 
     Args:
         engine: DeepSpeed's pipeline engine.
         input_ids, labels: [b, s]; b need be no multiple of anything, and s need not be the training's.
-        loss: (logits, labels) -> scalar.
+        measure: (logits, labels) of a micro batch -> a tensor with a row for each of its rows.
 
     Returns:
-        The losses, added up, on the last stage; 0 on the others.
+        The rows of all windows, [b, ...], on the last stage; None on the others.
     """
+    count = len(input_ids)
     rows = min(len(input_ids), engine.micro_batch_size)
     missing = -len(input_ids) % rows  # all micro batches must have one shape; rows without labels count nothing
     input_ids = F.pad(input_ids, (0, 0, 0, missing))
     labels = F.pad(labels, (0, 0, 0, missing), value=IGNORED_LABEL)
     micro_batches = list(zip(input_ids.split(rows), labels.split(rows), strict=True))
     stage: PipelineStage = engine.module
-    training_loss, stage.loss_fn = stage.loss_fn, loss
+    training_loss, stage.loss_fn = stage.loss_fn, measure
+    engine.total_loss = None  # it adds up, and the loss of the last step has another shape
     # Buffers between stages have the shape of the last micro batch, which may be another one.
     engine.reset_activation_shape()
     losses = engine.eval_batch(iter(micro_batches), reduce_output=None, bcast_loss=False,
                                num_micro_batches=len(micro_batches))
     engine.reset_activation_shape()
-    stage.loss_fn = training_loss
+    stage.loss_fn, engine.total_loss = training_loss, None
     stage.train()
-    return float(torch.stack(losses).sum()) if engine.is_last_stage() else 0.0
+    return torch.cat(losses)[:count] if engine.is_last_stage() else None

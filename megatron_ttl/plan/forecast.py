@@ -27,11 +27,14 @@ from megatron_ttl.train.changed_settings import CHANGE_HEADER, changes_for_a_dry
 from megatron_ttl.train.device_peaks import peak_flops_per_s
 from megatron_ttl.train.ledger import MAX_USEFUL_EPOCHS, planned_table
 from megatron_ttl.train.open_data import open_data
+from megatron_ttl.train.open_signals import open_signals
 from megatron_ttl.train.schedule import Schedule
 
 ASSUMED_MFU = 0.40
 _NEEDED_TO_OPEN_DATA = ("data.sources", "data.stages", "data.packing", "data.document_mask", "train.sequence_length",
                         "model.vocab_size", "run.seed", "evaluation.prefixes", "evaluation.max_tokens")
+_NEEDED_TO_OPEN_SIGNALS = ("model.max_position_embeddings", "evaluation.samples", "evaluation.sample_tokens",
+                           "evaluation.tasks", "evaluation.task_items")
 
 BOARD_POWER_W = {"A100": 400, "H100": 700, "H200": 700}
 """Largest power of the SXM board, without the host.
@@ -127,6 +130,8 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
     if reading.wrong.isdisjoint(_NEEDED_TO_OPEN_DATA):
         try:
             dataset, _ = open_data(run)
+            if reading.wrong.isdisjoint(_NEEDED_TO_OPEN_SIGNALS):
+                open_signals(run, dataset)
         except UserError as error:
             faults += [fault for fault in error.faults if fault not in faults]
     changes: list[Change] = []

@@ -14,12 +14,20 @@ from torch import Tensor
 
 from megatron_ttl.checkpoint.state import restore_weights
 from megatron_ttl.config.schema import RunFile
+from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL
 from megatron_ttl.parallel.build import build_part
 from megatron_ttl.parallel.door import deepspeed
-from megatron_ttl.parallel.loss import backward_scale, exact_loss_sum, loss_sum, valid_tokens
+from megatron_ttl.parallel.loss import (
+    backward_scale,
+    exact_nats,
+    loss_sum,
+    most_probable,
+    valid_tokens,
+    whole_vocabulary,
+)
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.parallel.norm import clip_gradients
-from megatron_ttl.parallel.pipeline import MicroBatches, evaluate_pipeline
+from megatron_ttl.parallel.pipeline import LossFunction, MicroBatches, evaluate_pipeline
 from megatron_ttl.parallel.recompute import Recompute
 from megatron_ttl.parallel.shard import tensor_parallel_of
 from megatron_ttl.train.optimizer import build_optimizer, parameter_groups
@@ -96,16 +104,49 @@ class Engine:
 
         The ranks of one data-parallel slice, which must all call with the same windows, return the same.
         """
+        def measure(logits: Tensor, labels: Tensor) -> Tensor:
+            return exact_nats(logits, labels, self._vocab_size, self._tensor_parallel).sum(-1, keepdim=True)
+
+        return float(self._measured(input_ids, labels, measure, 1).sum())
+
+    def row_scores(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the nats of each row, and how many of its labels are not the most probable id: [b, s] twice -> [b, 2].
+
+        As for `held_out_nats`, whose sum theirs is; fp64, on the host.
+        """
+        def measure(logits: Tensor, labels: Tensor) -> Tensor:
+            nats = exact_nats(logits, labels, self._vocab_size, self._tensor_parallel).sum(-1)
+            best = most_probable(logits, self._vocab_size, self._tensor_parallel)
+            return torch.stack((nats, ((best != labels) & (labels != IGNORED_LABEL)).sum(-1)), -1)
+
+        return self._measured(input_ids, labels, measure, 2)
+
+    def logits_at(self, input_ids: Tensor, places: Tensor) -> Tensor:
+        """Return what is predicted after one place of each row: [b, s], [b] -> [b, v] fp64, on the host.
+
+        The ranks of one data-parallel slice, which must all call alike, return the same.
+        """
+        def measure(logits: Tensor, labels: Tensor) -> Tensor:
+            at = (labels != IGNORED_LABEL).int().argmax(-1)
+            return whole_vocabulary(logits[torch.arange(len(at), device=at.device), at].double(), self._vocab_size,
+                                    self._tensor_parallel)
+
+        labels = torch.full_like(input_ids, IGNORED_LABEL)  # a pipeline's last stage receives labels and nothing else
+        labels[torch.arange(len(places)), places] = 0
+        return self._measured(input_ids, labels, measure, self._vocab_size)
+
+    def _measured(self, input_ids: Tensor, labels: Tensor, measure: LossFunction, width: int) -> Tensor:
+        """Compute numbers of each row from its logits, without gradients: [b, s], [b, s] -> [b, width]."""
         self.beat()
         if self.mesh.layout.pipeline > 1:
-            total = evaluate_pipeline(self.deepspeed, input_ids, labels, self._exact_loss)
-            return self.mesh.sum_pipeline_parallel(total)[0]
-        self.deepspeed.eval()
-        with torch.no_grad():
-            logits = self.deepspeed(input_ids.to(self.device, non_blocking=True))
-            total = float(self._exact_loss(logits, labels.to(self.device, non_blocking=True)))
-        self.deepspeed.train()
-        return total
+            rows = evaluate_pipeline(self.deepspeed, input_ids, labels, measure)
+        else:
+            self.deepspeed.eval()
+            with torch.no_grad():
+                logits = self.deepspeed(input_ids.to(self.device, non_blocking=True))
+                rows = measure(logits, labels.to(self.device, non_blocking=True))
+            self.deepspeed.train()
+        return self.mesh.from_last_stage(rows, (len(input_ids), width))
 
     def train_step(self, micro_batches: MicroBatches, lr: float, global_tokens: int | None = None) -> StepResult:
         """Do one optimizer step.
@@ -172,9 +213,6 @@ class Engine:
 
     def _scaled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return loss_sum(logits, labels, self._vocab_size, self._tensor_parallel) * self._scale
-
-    def _exact_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return exact_loss_sum(logits, labels, self._vocab_size, self._tensor_parallel)
 
     def _clip(self, clipping: float) -> None:
         self._grad_norm = clip_gradients(self.deepspeed.module.parameters(), clipping, self.mesh)

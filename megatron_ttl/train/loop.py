@@ -16,12 +16,12 @@ from megatron_ttl.checkpoint.state import capture
 from megatron_ttl.config.load import Settings
 from megatron_ttl.data.sampler import StepBatches
 from megatron_ttl.errors import DiskError, ExitCode
-from megatron_ttl.evaluate.perplexity import held_out_nats
 from megatron_ttl.parallel.mesh import join, leave
 from megatron_ttl.parallel.replicas import replica_faults
 from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.anomalies import DivergedError
 from megatron_ttl.train.engine import StepResult
+from megatron_ttl.train.evaluation import evaluate
 from megatron_ttl.train.failure import siblings_watched, told_once, waiting_for_peers
 from megatron_ttl.train.ledger import MAX_USEFUL_EPOCHS
 from megatron_ttl.train.run_lock import RunLock
@@ -119,7 +119,7 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
             cadence = run.evaluation.every_steps
             if cadence and not asked_to_stop and (at_end or state.step % cadence == 0):
                 with interval.paused(), watchdog.section("evaluate"):
-                    session.metrics.row(evaluate(session))
+                    evaluate(session, stop)
 
             # asked to stop: it is kept, leave with the code that says so
             if asked_to_stop and state.step < total_steps:
@@ -320,18 +320,3 @@ def settle(session: Session, last: bool = False) -> bool:
     if last and session.mesh.is_first:
         session.folder.write_mixture(session.ledger.table(state.consumed_samples))
     return True
-
-
-def evaluate(session: Session) -> dict[str, Any]:
-    """Measure the loss on every held-out dataset, in nats per token."""
-    mesh = session.mesh
-    row: dict[str, Any] = {"event": "evaluation", "step": session.state.step, "tokens": session.state.consumed_tokens}
-    for prefix, dataset in session.held_out.items():
-        # Several micro batches at a time, or the stages of a pipeline would wait for each other.
-        at_once = 4 * mesh.layout.pipeline if mesh.layout.pipeline > 1 else 1
-        nats, tokens = held_out_nats(session.engine.held_out_nats, dataset, session.micro_batch * at_once,
-                                     rank=mesh.data_parallel_rank, world_size=mesh.data_parallel_size)
-        nats, tokens = mesh.sum_data_parallel(nats, tokens)
-        row[f"loss/{prefix}"] = nats / tokens
-        row[f"perplexity/{prefix}"] = math.exp(nats / tokens)
-    return row

@@ -133,10 +133,13 @@ def format_row(row: dict[str, Any], total_steps: int) -> str:
 
 
 def _evaluation_pairs(row: dict[str, Any]) -> list[str]:
-    """Write `loss/<prefix>` and `perplexity/<prefix>` of every prefix."""
+    """Write `loss/<prefix>` and `perplexity/<prefix>` of every prefix, `accuracy/<task>` of every task."""
     prefixes = [key.removeprefix("loss/") for key in row if key.startswith("loss/")]
+    tasks = [key.removeprefix("accuracy/") for key in row if key.startswith("accuracy/")]
     return [f"{prefix}: loss {_number(row[f'loss/{prefix}'], '.4f')} "
-            f"perplexity {_number(row.get(f'perplexity/{prefix}'), '.2f')}" for prefix in prefixes]
+            f"perplexity {_number(row.get(f'perplexity/{prefix}'), '.2f')}" for prefix in prefixes] + [
+            f"{task}: accuracy {_number(row[f'accuracy/{task}'], '.1%')} "
+            f"+- {_number(row.get(f'accuracy_stderr/{task}'), '.1%')}" for task in tasks]
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

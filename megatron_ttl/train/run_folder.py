@@ -35,6 +35,7 @@ class RunFolder:
         self.settings = settings
         self.path = Path(settings.run.run.dir)
         self.metrics_path = self.path / "metrics.jsonl"
+        self.samples_path = self.path / "samples.jsonl"
         self.tokenizer_path = self.path / "tokenizer"
         self._history: list[dict[str, Any]] = []
         self.lock = lock or RunLock()

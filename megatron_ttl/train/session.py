@@ -21,6 +21,7 @@ from megatron_ttl.errors import ConfigError, UserError, raise_faults
 from megatron_ttl.files import free_bytes, human_bytes, require_free_space
 from megatron_ttl.model.flops import BYTES_PER_PARAMETER, count_parameters
 from megatron_ttl.parallel.mesh import Mesh
+from megatron_ttl.row_file import RowFile, trim_rows
 from megatron_ttl.runtime import environment_report, seed_everything
 from megatron_ttl.train.anomalies import NonFiniteSteps, SpikeDetector
 from megatron_ttl.train.changed_settings import with_recorded_skips
@@ -30,7 +31,7 @@ from megatron_ttl.train.failure import end_process
 from megatron_ttl.train.ledger import MAX_USEFUL_EPOCHS, Ledger
 from megatron_ttl.train.metrics import MetricLogger
 from megatron_ttl.train.open_data import open_data, preload, tokenizer_directory
-from megatron_ttl.row_file import trim_rows
+from megatron_ttl.train.open_signals import Signals, open_signals
 from megatron_ttl.train.run_folder import RunFolder
 from megatron_ttl.train.run_lock import RunLock
 from megatron_ttl.train.saver import Saver
@@ -78,6 +79,10 @@ class Session:
     nonfinite: NonFiniteSteps
     data_check: BackgroundCheck
     ledger: Ledger
+    signals: Signals | None = None
+    """What is asked beside the held-out loss."""
+    samples: RowFile | None = None
+    """Where the first process keeps what the model said."""
     state: TrainState = field(default_factory=TrainState)
 
     def say(self, line: str) -> None:
@@ -134,6 +139,8 @@ class Session:
         """Give everything back."""
         self.data_check.close()
         self.engine.close()
+        if self.samples is not None:
+            self.samples.close()
         self.folder.release()
 
 
@@ -153,6 +160,7 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     run, profile = settings.run, settings.profile
     raise_faults(ConfigError, device_faults(settings, mesh.device.type == "cuda"))
     dataset, held_out = open_data(run)
+    signals = open_signals(run, dataset)
     resolved = resolve_deepspeed(settings, data_parallel_size_of(settings, mesh.world_size))
     if profile.reading.preload:
         preload(dataset, int(mesh.largest(mesh.local_rank)) + 1)
@@ -176,11 +184,20 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     session = Session(run, mesh, folder, dataset, held_out, Schedule.of(run), engine, energy, metrics,
                       _saver(folder, mesh, watchdog), watchdog, profile.train_micro_batch_size_per_gpu,
                       profile.cut.replica_check_steps, SpikeDetector(run.log.spike_sigmas),
-                      NonFiniteSteps(run.train.max_nonfinite_steps), data_check, Ledger(run, dataset))
+                      NonFiniteSteps(run.train.max_nonfinite_steps), data_check, Ledger(run, dataset), signals,
+                      _sample_file(folder, mesh, signals, carried.get("step", 0)))
     if checkpoint is not None:
         _resume(session, checkpoint)
     _introduce(session, checkpoint)
     return session
+
+
+def _sample_file(folder: RunFolder, mesh: Mesh, signals: Signals | None, step: int) -> RowFile | None:
+    """Open what keeps samples, without those of steps that are taken again."""
+    if not mesh.is_first:
+        return None
+    trim_rows(folder.samples_path, step)
+    return RowFile(folder.samples_path) if signals and signals.prompts else None
 
 
 def _saver(folder: RunFolder, mesh: Mesh, watchdog: Watchdog) -> Saver:

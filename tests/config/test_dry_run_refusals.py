@@ -24,7 +24,9 @@ from megatron_ttl.config.schema import RunFile
 from megatron_ttl.errors import ConfigError
 from megatron_ttl.plan.forecast import dry_run, forecast
 
-FULL_RUN = tomllib.loads(RUN) | {"evaluation": {"prefixes": ["data/h"], "every_steps": 5, "max_tokens": 640},
+FULL_RUN = tomllib.loads(RUN) | {"evaluation": {"prefixes": ["data/h"], "every_steps": 5, "max_tokens": 640,
+                                                "samples": ["Era uma vez"], "sample_tokens": 16,
+                                                "tasks": ["agreement_pt"], "task_items": 8},
                                  "log": {"every_steps": 5, "wandb": "offline", "wandb_project": "p"}}
 FULL_RUN["run"] |= {"seed": 3, "start_from": "runs/y"}
 FULL_RUN["model"] |= {"rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False, "init": "normal"}
@@ -205,6 +207,12 @@ SUMS = [  # overrides, change of the profile, processes, what is said
     ([], {STAGE: {"stage": 1, "reduce_bucket_size": 2**70}}, 1, r"reduce_bucket_size: is 1,180.*<= 2\^40"),
     (["evaluation.every_steps=5"], {}, 1, "is 5 without prefixes"),
     (['evaluation.prefixes=["data/h"]'], {}, 1, "every_steps: is missing, and evaluation.prefixes is given"),
+    (['evaluation.tasks=["cloze_pt"]'], {}, 1, "every_steps: is missing, and evaluation.tasks is given; must say how often"),
+    (["evaluation.task_items=8"], {}, 1, "task_items: is 8 without tasks; there must be a task to limit"),
+    (['evaluation.samples=["A"]', "evaluation.every_steps=5", "evaluation.sample_tokens=64"], {}, 1,
+     "sample_tokens: is 64, train.sequence_length 64; must leave room for a prompt"),
+    (['evaluation.samples=["A", "B", "A"]', "evaluation.every_steps=5", "evaluation.sample_tokens=8"], {}, 1,
+     r'samples\[2\]: "A" is there twice; each must be named once'),
     (["evaluation.max_tokens=100"], {}, 1, "is 100 without prefixes"),
     (['evaluation.prefixes=["h"]', "evaluation.every_steps=5", "evaluation.max_tokens=10"], {}, 1,
      "is 10, train.sequence_length 64; must hold at least one sample"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ttl.parallel.loss import exact_loss_sum, loss_sum
+from megatron_ttl.parallel.loss import exact_loss_sum, loss_sum, most_probable, whole_vocabulary
 from megatron_ttl.parallel.shard import tensor_parallel_of
 from megatron_ttl.testing import run_distributed
 
@@ -16,6 +16,7 @@ def batch(vocab_size, dtype=torch.float32):
     logits = torch.randn(2, 7, vocab_size, generator=generator) * 4
     logits[0, 0] += 500.0  # a softmax without its maximum would overflow
     logits[0, 1, :-1] = -900.0
+    logits[1, 3] = 1.0  # all alike: the lowest id is the most probable
     labels = torch.randint(vocab_size, (2, 7), generator=generator)
     labels[0, 3] = labels[1, 0] = -100
     labels[1, 1], labels[1, 2] = 0, vocab_size - 1
@@ -23,14 +24,16 @@ def batch(vocab_size, dtype=torch.float32):
 
 
 def cut_losses(mesh, vocab_size, share, dtype):
-    """Return loss, exact loss, and the gradient of this rank's logits, whose padding is poisoned."""
+    """Return loss, exact loss, the gradient of this rank's logits, whose padding is poisoned; best ids, and all logits."""
     logits, labels = batch(vocab_size, dtype)
     parallel = tensor_parallel_of(mesh.cut(tensor=mesh.world_size))
     padded = F.pad(logits, (0, share * mesh.world_size - vocab_size), value=1e4)
     own = padded[..., share * mesh.rank : share * (mesh.rank + 1)].clone().requires_grad_()
     loss = loss_sum(own, labels, vocab_size, parallel)
     (loss * 0.25).backward()
-    return loss.detach(), exact_loss_sum(own.detach(), labels, vocab_size, parallel), own.grad
+    with torch.no_grad():
+        return (loss.detach(), exact_loss_sum(own, labels, vocab_size, parallel), own.grad,
+                most_probable(own, vocab_size, parallel), whole_vocabulary(own[:, 2], vocab_size, parallel))
 
 
 @pytest.mark.parametrize(("world_size", "vocab_size", "share"), [(2, 96, 48), (2, 97, 56), (4, 97, 32), (4, 17, 8)])
@@ -43,8 +46,10 @@ def test_vocabulary_parallel_loss(world_size, vocab_size, share, dtype):
     expected = F.cross_entropy(whole.flatten(0, 1).float(), labels.flatten(), reduction="sum")
     (expected * 0.25).backward()
     exact = F.cross_entropy(logits.flatten(0, 1).double(), labels.flatten(), reduction="sum")
-    gradient = torch.cat([gradient for _, _, gradient in results], dim=-1)
-    for loss, precise, _ in results:
+    gradient = torch.cat([gradient for _, _, gradient, _, _ in results], dim=-1)
+    for loss, precise, _, best, last in results:
+        assert torch.equal(best, logits.argmax(-1)) and best[1, 3] == 0
+        assert torch.equal(last, logits[:, 2])
         assert torch.equal(loss, results[0][0]) and loss.dtype == torch.float32
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
         torch.testing.assert_close(precise, exact, rtol=1e-7, atol=0)

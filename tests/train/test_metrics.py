@@ -45,6 +45,8 @@ def test_what_is_not_known_is_a_dash():
 def test_other_events_have_their_own_lines():
     row = {"event": "evaluation", "step": 20, "loss/data/valid": 3.0, "perplexity/data/valid": 20.0855}
     assert format_row(row, 40) == "step 20/40  evaluation  data/valid: loss 3.0000 perplexity 20.09"
+    row |= {"accuracy/agreement_pt": 0.625, "accuracy_stderr/agreement_pt": 0.0242, "accuracy/cloze_pt": 0.0}
+    assert format_row(row, 40).endswith("20.09  agreement_pt: accuracy 62.5% +- 2.4%  cloze_pt: accuracy 0.0% +- -")
     assert format_row({"event": "checkpoint", "step": 20}, 40) == "step 20/40  checkpoint"
 
 
