@@ -35,7 +35,8 @@ def bench_scoring(folder: str | os.PathLike[str], questions: int = 16, batch: in
 
     Returns:
         For each set: tokens that lm-eval ran for one of ours (what a machine that is busy with tokens alone would
-        gain), the ratio of the times, our requests per second of a processor, and the largest difference of two log-likelihoods.
+        gain), the ratio of the times, our requests per second of a processor, and the largest difference of two
+        log-likelihoods.
 
     Raises:
         ConfigError: a number is below 1.
