@@ -38,7 +38,7 @@ def _cells(record: ScoreRecord) -> dict[str, Any]:
     data = [*(["sample"] if record.sample else []), *([f"first {record.limit}"] if record.limit else [])]
     return {"step": record.model.step, "task": record.task, "version": record.version, "shots": record.shots,
             "metric": record.metric, "score": f"{record.value:.4f}{error}", "n": record.n,
-            "without a model": ", ".join(f"{name} {value:.4f}" for name, value in record.baselines.items()) or "-",
+            "without a model": ", ".join(f"{name} {value:.3f}" for name, value in record.baselines.items()) or "-",
             "truncated": record.truncated, "contaminated": record.contaminated, "data": ", ".join(data) or "all"}
 
 

@@ -160,6 +160,8 @@ def test_prompts_whose_shots_are_fixed_and_samples_of_the_definition():
     listening = Listening()
     harness.run_task(make_task(own, questions(3), shots=2), listening)
     assert all("dia 28?" in request.context and "dia 29?" in request.context for request in listening.asked)
+    with pytest.raises(DataError, match="2 rows to take demonstrations from; 3 are needed"):
+        harness.run_task(make_task(own, questions(3), shots=3), Chance())
 
 
 def test_rows_are_processed_once_and_stay_as_they_were():
@@ -271,6 +273,16 @@ def test_what_fails_in_the_answerer_keeps_its_name():
     broken.loglikelihood = lambda requests: [(1 / 0, False) for _ in requests]
     with pytest.raises(ZeroDivisionError):
         harness.run_task(make_task(CHOICE, questions(2)), broken)
+
+
+def test_a_metric_that_overflows_is_said():
+    sure = Chance()
+    sure.loglikelihood = lambda requests: [(-1e4, False) for _ in requests]
+    with pytest.raises(DataError, match="task toy: a metric is no number: it overflows"):
+        harness.run_task(make_task(LAST_WORD, questions(3)), sure)
+    nothing = CHOICE | {"metric_list": [ACC | {"aggregation": lambda items: math.nan}]}
+    with pytest.raises(DataError, match="task toy: acc: is no number .nan. for these 3 items"):
+        harness.run_task(make_task(nothing, questions(3)), Chance())
 
 
 def test_no_network_no_word(monkeypatch, capfd):
