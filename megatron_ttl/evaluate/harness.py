@@ -73,12 +73,12 @@ def run_task(task: Task, answerer: Answerer, shots: int | None = None, limit: in
             metrics = _measure(task, built, samples, standard_errors)
     except UserError:
         raise
-    except OverflowError:
-        raise DataError(f"task {task.name}: a metric is no number: it overflows, as a perplexity above 1e308 does; it must be "
-                        "one; look at the model and the rows") from None
     except Exception as error:
         if model.answering:
             raise
+        if isinstance(error, OverflowError):
+            raise DataError(f"task {task.name}: a metric is no number: it overflows, as a perplexity above 1e308 does; it "
+                            "must be one; look at the model and the rows") from error
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(f"task {task.name}: its definition does not fit its rows ({reason}); templates, metrics and "
                         "rows must belong together; correct the pack, or the data file") from error
