@@ -26,6 +26,12 @@ def parse_arguments() -> argparse.Namespace:
     subject.add_argument("--steps", type=int, default=500, help="how many steps (500)")
     subject.add_argument("--preload", action="store_true", help="read the data into memory first")
     subject.add_argument("--json", action="store_true", help="print one JSON object")
+    subject = subjects.add_parser("evaluate", help="questions scored per second on the CPU, against lm-eval's backend")
+    subject.add_argument("--model", required=True, metavar="FOLDER", help="model folder; its weights may be random")
+    subject.add_argument("--questions", type=int, default=16, help="of each set, four choices each (16)")
+    subject.add_argument("--batch", type=int, default=8, help="sequences side by side, for both (8)")
+    subject.add_argument("--repeats", type=int, default=2, help="runs of each; the best one counts (2)")
+    subject.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 
 
@@ -38,6 +44,9 @@ def main() -> None:
         from megatron_ttl.data.bench_loader import measure_loader
         result = measure_loader(arguments.prefix, arguments.sequence_length, arguments.samples_per_step,
                                 arguments.tokens_per_s, arguments.steps, arguments.preload)
+    elif arguments.subject == "evaluate":
+        from megatron_ttl.evaluate.bench_scoring import bench_scoring
+        result = bench_scoring(arguments.model, arguments.questions, arguments.batch, arguments.repeats)
     else:
         from megatron_ttl.data.bench_preprocess import bench_preprocess
         result = bench_preprocess(arguments.input, arguments.tokenizer, arguments.text_key, arguments.workers,
