@@ -12,7 +12,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,14 @@ from megatron_ttl.evaluate.pack_schema import FunctionName, HubTable, PackFile
 from megatron_ttl.evaluate.task import Task, TaskData
 from megatron_ttl.files import checksum_bytes
 
+import megatron_ttl.evaluate.portuguese_functions  # noqa: F401 (registers its functions)
+
 PACKS = Path(__file__).parent / "packs"
 """Of the project."""
 DEFAULT_DATA = Path("tasks")
 """Where data files are looked for unless told otherwise."""
 _MOST_FAULTS = 40
+_OURS = "megatron_ttl.evaluate."
 # A definition is the same with more demonstrations (scores name their number) and under another name.
 _NOT_OF_THE_PROMPT = ("task", "tag", "num_fewshot", "should_decontaminate", "doc_to_decontamination_query")
 
@@ -49,6 +52,10 @@ class Pack:
     def files(self) -> dict[str, str]:
         """Names of the data files."""
         return {key: name for key, name in self.file.pack.files.model_dump().items() if name}
+
+
+_ReadFile = tuple[Path, dict[str, Any], Pack | None, list[str]]
+"""A file, what stands in it, the pack if it is one and right, and its faults."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +200,12 @@ def _hub_rows(hub: HubTable, pack: Pack) -> dict[str, Iterator[dict[str, Any]]]:
     def rows(split: str) -> Iterator[dict[str, Any]]:
         source = SourceSettings(name=pack.file.task, license=pack.file.pack.license, dataset=hub.path,
                                 dataset_config=hub.name, split=split, revision=hub.revision)
-        for row in dataset_rows(source):
-            yield {hub.rename.get(key, key): value for key, value in row.items()}
+        try:
+            for row in dataset_rows(source):
+                yield {hub.rename.get(key, key): value for key, value in row.items()}
+        except DataError as error:
+            raise DataError(*error.faults, f"{pack.file.task}: --hub: gave no rows; must give them, or {pack.files['test']} "
+                            "must be among the data; get the file where there is a network") from None
 
     wanted = {"test": hub.splits.test, "fewshot": hub.splits.fewshot}
     return {name: rows(split) for name, split in wanted.items() if split}
@@ -225,8 +236,9 @@ def _function_names(value: Any) -> Iterator[str]:
             yield from _function_names(inner)
 
 
+@cache
 def _source_text(function: Callable[..., Any]) -> str:
-    """Return the text of a function and of all in its module that it uses."""
+    """Return the text of a function and of all beside it that it uses."""
     texts: dict[str, str] = {}
 
     def add(one: types.FunctionType) -> None:
@@ -236,7 +248,7 @@ def _source_text(function: Callable[..., Any]) -> str:
             codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
             for name in code.co_names:
                 used = one.__globals__.get(name)
-                if isinstance(used, types.FunctionType) and used.__module__ == one.__module__ and name not in texts:
+                if isinstance(used, types.FunctionType) and used.__module__.startswith(_OURS) and name not in texts:
                     add(used)
                 elif isinstance(used, str | int | float | tuple | re.Pattern):
                     texts[name] = repr(used)
@@ -251,28 +263,36 @@ def _read_all(folders: Sequence[Path]) -> tuple[dict[str, Pack], dict[str, tuple
               for folder in folders if not folder.is_dir()]
     packs: dict[str, Pack] = {}
     groups: dict[str, tuple[Path, tuple[str, ...]]] = {}
-    for root in dict.fromkeys([PACKS, *folders]):
-        for path in sorted([*root.glob("*.yaml"), *root.glob("*/*.yaml")]):
-            raw, found = _read_yaml(path)
+    for read in [_read_own, *(partial(_read_folder, folder) for folder in folders if folder.resolve() != PACKS)]:
+        for path, raw, pack, found in read():
             faults += found
-            if found:
-                continue
-            if path.name.endswith("groups.yaml"):
-                faults += _add_groups(path, raw, groups)
-                continue
-            pack, found = _checked(path, raw)
-            faults += found
-            if pack is None:
-                continue
-            if (first := packs.setdefault(pack.file.task, pack)) is not pack:
+            if pack is not None and (first := packs.setdefault(pack.file.task, pack)) is not pack:
                 faults.append(f"{path}: task: is '{pack.file.task}', as in {first.path}; every task must have its own "
                               "name; rename one")
+            if pack is None and not found:
+                faults += _add_groups(path, raw, groups)
     if not faults:
         faults += _group_faults(packs, groups)
     more = len(faults) - _MOST_FAULTS
     raise_faults(ConfigError, [*faults[:_MOST_FAULTS], *([f"... and {more} more faults like these; all packs must be right; "
                                                           "repair them"] if more > 0 else [])])
     return packs, {name: members for name, (_, members) in groups.items()}
+
+
+@cache
+def _read_own() -> list[_ReadFile]:
+    return _read_folder(PACKS)
+
+
+def _read_folder(folder: Path) -> list[_ReadFile]:
+    files: list[_ReadFile] = []
+    for path in sorted({*folder.glob("*.yaml"), *folder.glob("*/*.yaml")}):
+        raw, faults = _read_yaml(path)
+        pack = None
+        if not faults and not path.name.endswith("groups.yaml"):
+            pack, faults = _checked(path, raw)
+        files.append((path, raw, pack, faults))
+    return files
 
 
 def _checked(path: Path, raw: dict[str, Any]) -> tuple[Pack | None, list[str]]:
@@ -339,9 +359,11 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
+    PackLoader.yaml_constructors = {tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+                                    if str(tag).rpartition(":")[2] not in ("binary", "omap", "pairs", "set")}
     PackLoader.add_constructor("!function", lambda loader, node: FunctionName(loader.construct_scalar(node)))
-    loader = PackLoader(text)
     try:
+        loader = PackLoader(text)
         value = loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -349,8 +371,6 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{where}: {error.problem}; a pack must be plain YAML; repair this line"]
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         return {}, [f"{path}: {str(error).partition(chr(10))[0][:200]}; a pack must be plain YAML; repair it"]
-    finally:
-        loader.dispose()
     if not isinstance(value, dict) or nested_deeper(value, DEEPEST):
         what = f"is nested more than {DEEPEST} deep" if isinstance(value, dict) else f"holds {type(value).__name__}"
         return {}, [f"{path}: {what}; must be one table of keys; see packs/README.md"]
