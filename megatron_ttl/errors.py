@@ -31,7 +31,7 @@ class UserError(ValueError):
     exit_code = ExitCode.USAGE
 
     def __init__(self, *faults: str) -> None:
-        self.faults = [_on_one_line(fault) for fault in faults]
+        self.faults = [on_one_line(fault) for fault in faults]
         super().__init__("\n".join(self.faults))
 
 
@@ -53,7 +53,8 @@ class DiskError(UserError):
     exit_code = ExitCode.DISK
 
 
-def _on_one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
+    """Return a text of a stranger as it may be printed: shortened, what is no printable sign written out."""
     if len(text) > _LONGEST_FAULT:
         half = _LONGEST_FAULT // 2
         text = f"{text[:half]} ... {text[-half:]}"

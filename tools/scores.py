@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 
 
+def names(text: str) -> list[str]:
+    """Split names at commas."""
+    return [name for name in text.split(",") if name]
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("places", nargs="*", metavar="PLACE", help="model folders, run folders or files of scores")
-    parser.add_argument("--tasks", "--task", nargs="+", default=[], metavar="TASK", help="only these (default: all)")
-    parser.add_argument("--metrics", nargs="+", default=[], metavar="METRIC",
+    parser.add_argument("--tasks", "--task", type=names, default=[], metavar="A,B", help="only these (default: all)")
+    parser.add_argument("--metrics", type=names, default=[], metavar="A,B",
                         help="only these; all: every one that was measured (default: the score of each task)")
     parser.add_argument("--show-differences", action="store_true",
                         help="give scores that were asked differently columns of their own instead of refusing them")

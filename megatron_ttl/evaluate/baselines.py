@@ -106,10 +106,11 @@ def _of_choices(task: Task, run: Callable[[Answerer], TaskResult | None]) -> dic
     draws = (_drawn(counts, number) for number in range(DRAWS))
     found = {"random": _expected(constants, counts, lambda: [run(FixedAnswers(draw.__getitem__)) for draw in draws])}
     lists = {tuple(choices.values()) for choices in recorder.choices.values()}
+    all_labels = max(lists, key=len)  # exams have questions with four letters and with five
     of_classes = any(item_values(first.items, metric, measured.value) is None for metric, measured in first.metrics.items())
     told_apart = any(len(set(choices)) > 1 for choices in lists)  # not where the contexts are the choices
-    if of_classes or (len(lists) == 1 and told_apart):
-        labels = [text.strip() for text in recorder.choices[min(recorder.choices)].values()]
+    if of_classes or (told_apart and all(all_labels[:len(choices)] == choices for choices in lists)):
+        labels = [text.strip() for text in all_labels]
         majority = _most_frequent([_label_of(row["target"], labels) for row in first.items])
         found["majority"] = _values(constants[majority] if majority is not None else None)
     elif any(len(set(map(len, choices))) > 1 for choices in lists):

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_ttl.console import print_table
 from megatron_ttl.data.documents import read_chunks
-from megatron_ttl.errors import DataError
+from megatron_ttl.errors import DataError, on_one_line
 from megatron_ttl.evaluate.evaluate_tasks import items_path
 from megatron_ttl.evaluate.item_values import item_values
 from megatron_ttl.evaluate.pack_functions import macro_f1, mean_squared_error, pearson
@@ -31,6 +31,7 @@ _SCORES: dict[str, Callable[[Sequence[Any]], float]] = {
     "perplexity": lambda logs: math.exp(-float(np.mean(logs))),
 }
 """How items become a score, where it is not their mean; believed only if it gives the recorded score again."""
+_MOST_ITEM_BYTES = 64 << 20
 _RESAMPLES = 999  # of scores that are computed anew for each
 
 
@@ -109,8 +110,14 @@ def _read_items(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path}: does not exist; it must hold the items behind the scores; copy it with them, or evaluate "
                         "again with --again")
+    rows, left = [], _MOST_ITEM_BYTES
     try:
-        rows = [json.loads(line) for chunk in read_chunks(path) for line in chunk.lines]
+        for chunk in read_chunks(path):
+            left -= sum(map(len, chunk.lines))
+            if left < 0:
+                raise DataError(f"{path}: unpacks to more than {_MOST_ITEM_BYTES >> 20} MiB; items have a kilobyte each; "
+                                "evaluate again with --again")
+            rows += [json.loads(line) for line in chunk.lines]
         if all(isinstance(row["item"], int) for row in rows):
             return rows
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -123,7 +130,7 @@ def _compared(a: ScoreRecord, a_items: list[dict[str, Any]], b: ScoreRecord, b_i
     if [(row["item"], row.get("target")) for row in a_items] != [(row["item"], row.get("target")) for row in b_items]:
         raise DataError(f"{a.task}: the items of {a.model.name} and {b.model.name} are not the same; they must be, with the "
                         "same right answers; evaluate both again with --again")
-    row = {"task": a.task, "metric": a.metric, "n": len(a_items), "first_model": _label(a), "second_model": _label(b),
+    row = {"task": on_one_line(a.task), "metric": on_one_line(a.metric), "n": len(a_items), "first_model": _label(a), "second_model": _label(b),
            "first": a.value, "second": b.value, "difference": a.value - b.value, "low": None, "high": None,
            "only_first": None, "only_second": None}
     sides = [item_values(items, record.metric, record.value) for record, items in ((a, a_items), (b, b_items))]
@@ -158,4 +165,4 @@ def _of_classes(a: ScoreRecord, a_items: Sequence[Mapping[str, Any]], b: ScoreRe
 
 
 def _label(record: ScoreRecord) -> str:
-    return record.model.name + ("" if record.model.step is None else f" @ {record.model.step:,}")
+    return on_one_line(record.model.name + ("" if record.model.step is None else f" @ {record.model.step:,}"))

@@ -6,6 +6,7 @@ leaves it out) and what must be equal for two rows to stand in one column of a t
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -230,11 +231,11 @@ def read_records(path: str | os.PathLike[str]) -> list[ScoreRecord]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); it must be a file of scores; evaluate the model, or "
                         "correct the path") from None
-    *lines, rest = payload.split(b"\n")
-    if rest:
-        print_warning(f"{path}: the last {len(rest)} bytes are no whole row; they are left out")
     records, faults = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(io.BytesIO(payload), 1):
+        if not line.endswith(b"\n"):
+            print_warning(f"{path}: the last {len(line)} bytes are no whole row; they are left out")
+            break
         try:
             records.append(ScoreRecord.model_validate_json(line))
         except ValidationError as error:

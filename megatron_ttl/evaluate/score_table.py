@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from megatron_ttl.errors import DataError, closest, raise_faults
+from megatron_ttl.errors import DataError, closest, on_one_line, raise_faults
 from megatron_ttl.evaluate.records import (
     DEPENDENCIES,
     SCORES_FILE,
@@ -146,7 +146,8 @@ def build_table(records: Sequence[ScoreRecord], show_differences: bool = False) 
             members.append({_row_key(record): record for record in variant})
     averaged = _averaged(columns)
     rows = _judged([*_model_rows(labels, columns, members, averaged), *_baseline_rows(columns, members, averaged)], columns)
-    return ScoreTable(tuple(columns), tuple(rows), averaged, tuple(_notes(columns, members, labels, averaged)))
+    return ScoreTable(tuple(columns), tuple(rows), averaged,
+                      tuple(map(on_one_line, _notes(columns, members, labels, averaged))))
 
 
 def _row_key(record: ScoreRecord) -> tuple[object, ...]:
@@ -168,7 +169,7 @@ def _labels(records: Iterable[ScoreRecord]) -> dict[tuple[object, ...], str]:
             alike = [key for key in first if labels[key] == label]
             if count > 1 and len({way(first[key]) for key in alike}) > 1:
                 labels |= {key: label + way(first[key]) for key in alike}
-    return labels
+    return {key: on_one_line(label) for key, label in labels.items()}
 
 
 def _unlike(groups: dict[tuple[str, str], list[list[ScoreRecord]]], labels: dict[tuple[object, ...], str]) -> Iterator[str]:
@@ -209,7 +210,7 @@ def _column(record: ScoreRecord, variants: Sequence[Sequence[ScoreRecord]]) -> C
     marks += [say(each, record) for each in DEPENDENCIES if each in apart
               and not (each.path == "sample" and record.sample or each.path == "limit" and record.limit is not None)]
     base = record.metric.split(",")[0]
-    return Column(f"{record.task} {record.metric}" + (f" ({', '.join(marks)})" if marks else ""), record,
+    return Column(on_one_line(f"{record.task} {record.metric}" + (f" ({', '.join(marks)})" if marks else "")), record,
                   1.0 if base in _NO_SHARES else 100.0, base in LOWER_IS_BETTER)
 
 
@@ -252,7 +253,7 @@ def _baseline_rows(columns: Sequence[Column], members: Sequence[dict[tuple[objec
     for name in [*(name for name in BASELINE_ORDER if name in names), *sorted(names - set(BASELINE_ORDER))]:
         cells = tuple(Cell(found[name] * column.factor) if name in found else None
                       for found, column in zip(known, columns, strict=True))
-        yield Row(name, cells, _average(cells, averaged), baseline=True)
+        yield Row(on_one_line(name), cells, _average(cells, averaged), baseline=True)
 
 
 def _judged(rows: Sequence[Row], columns: Sequence[Column]) -> list[Row]:
@@ -292,15 +293,26 @@ def _notes(columns: Sequence[Column], members: Sequence[dict[tuple[object, ...],
            f"{SURE} standard errors of the difference, unpaired; †: not better than every baseline by as much")
     if averaged:
         yield f"average of {', '.join(columns[number].record.task for number in averaged)}"
+    told: set[tuple[str, str, str]] = set()
     for column, member in zip(columns, members, strict=True):
         record = column.record
-        yield (f"{column.heading}: {record.n:,} items, {record.shots} shots, version {record.version}, "
+        yield (f"{column.heading}: {record.n:,} items, {_shots(record.shots)}, version {record.version}, "
                f"defined by {record.definition}, data {record.data}{' (a sample)' if record.sample else ''}, "
                f"lm_eval {record.versions.get('lm_eval', 'unknown')}")
         for key, found in member.items():
-            said = [f"{found.truncated:,} questions cut on the left"] if found.truncated else []
-            if found.contaminated:
-                clean = "" if found.value_clean is None else f", {found.value_clean * column.factor:.2f} without them"
-                said.append(f"{found.contaminated:,} items in its training data{clean}")
-            if said:
-                yield f"{column.heading}: {labels[key]}: {'; '.join(said)}"
+            what = "; ".join(_conditions(found, column.factor))
+            if what and (record.request_checksum, labels[key], what) not in told:  # other metrics of the same answers
+                told.add((record.request_checksum, labels[key], what))
+                yield f"{column.heading}: {labels[key]}: {what}"
+
+
+def _shots(count: int) -> str:
+    return "1 shot" if count == 1 else f"{count} shots"
+
+
+def _conditions(record: ScoreRecord, factor: float) -> Iterator[str]:
+    if record.truncated:
+        yield f"{record.truncated:,} requests cut on the left"
+    if record.contaminated is not None:
+        clean = "" if record.value_clean is None or not record.contaminated else f", {record.value_clean * factor:.2f} without them"
+        yield f"{record.contaminated:,} items in its training data{clean}"

@@ -76,6 +76,10 @@ def test_letters_pairs_and_blanks():
     gold = Counter(row["answer"] % 3 for row in rows)
     found = baselines(make_task(letters, rows), run_task)
     assert found["acc"] == pytest.approx({"random": 1 / 3, "majority": max(gold.values()) / 12}), "by letter as by number"
+    some = letters | {"doc_to_choice": "{{['A', 'B', 'C', 'D'][:choices|length]}}", "doc_to_target": "{{answer}}"}
+    gold = Counter(row["answer"] for row in rows)
+    found = baselines(make_task(some, rows), run_task)
+    assert found["acc"]["majority"] == max(gold.values()) / 12, "some questions have three letters, some four"
     assert baselines(make_task(PAIR, PAIRS), run_task)["acc"] == pytest.approx({
         "random": 0.5, "longest": np.mean([len(row["good"]) >= len(row["bad"]) for row in PAIRS]),
         "shortest": np.mean([len(row["good"]) <= len(row["bad"]) for row in PAIRS])})

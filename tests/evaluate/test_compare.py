@@ -57,6 +57,7 @@ def test_every_kind_of_metric(models, capsys):
     sides = [[(number % 2, number % 2 if value else 1 - number % 2) for number, value in enumerate(right)]
              for right in RIGHT.values()]
     assert f1["p"] == paired_difference(*sides, macro_f1, resamples=999).p_value
+    assert f1["low"] < f1["difference"] < f1["high"] and f1["high"] > 0.5
     print_comparison(rows)
     out = capsys.readouterr().out
     assert out.startswith("a against b") and "3 of them find 0.15 below 0.05 by chance" in out
@@ -86,6 +87,7 @@ def test_what_cannot_be_compared_is_refused(models):
     for payload, message in ((gzip.compress(b"\n".join(rows[:9]) + b"\n"), "the items of a and b are not the same"),
                              (gzip.compress(b'{"item": 1}\n[]\n'), "is no file of items"),
                              (gzip.compress(b'{"item": "1"}\n'), "is no file of items"),
+                             (gzip.compress(b" " * (32 << 20) + b"1\n" + b" " * (33 << 20), 1), "unpacks to more than 64 MiB"),
                              (items.read_bytes()[:60], "the packed file ends in the middle")):
         items.write_bytes(payload)
         with pytest.raises(DataError, match=message):
@@ -101,7 +103,7 @@ def test_the_command(repository, models):
         return subprocess.run([sys.executable, str(repository / "tools" / "scores.py"), *map(str, arguments)],
                               capture_output=True, text=True, timeout=120)
 
-    done = run(models / "a", models / "b", "--metrics", "acc", "mc2", "--output", models / "table.md")
+    done = run(models / "a", models / "b", "--metrics", "acc,mc2", "--output", models / "table.md")
     assert done.returncode == 0, done.stderr
     assert "| a | 80.00 ± 1.25 |" in (models / "table.md").read_text(encoding="utf-8").replace("**", "")
     done = run("--compare", models / "a", models / "b", "--task", "arc_pt", "--format", "json")

@@ -95,6 +95,8 @@ def test_nothing_is_found_where_nothing_is(tmp_path, tasks, tokenizer_folder):
 def test_workers_find_the_same(tmp_path, tasks, planted, monkeypatch):
     write_lines(tmp_path / "a.jsonl", planted)
     monkeypatch.setattr("megatron_ttl.evaluate.training_text._UNIT_BYTES", 2000)
+    monkeypatch.setattr(contamination, "_WORKER_BYTES", 100)
+    assert found_in(find_contamination(tasks, [tmp_path / "a.jsonl"])) == wanted_in("a.jsonl", first=1)
     assert found_in(find_contamination(tasks, [tmp_path / "a.jsonl"], workers=2)) == wanted_in("a.jsonl", first=1)
 
 
@@ -105,6 +107,14 @@ def test_only_the_first_documents_are_named_and_all_are_counted(tmp_path, tasks)
     item = find_contamination(tasks, [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "a.jsonl"])["um"].items[0]
     assert item.documents == 8, "a source that is named twice is read once"
     assert item.first == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "b.jsonl:1"]
+
+
+def test_many_items_keep_their_numbers(tmp_path):
+    """More than a byte can count; two hold the same words."""
+    many = rows(400)
+    many.splits["test"][390]["question"] = many.splits["test"][300]["question"]
+    write_lines(tmp_path / "a.jsonl", [many.splits["test"][300]["question"], many.splits["test"][257]["choices"][0]])
+    assert list(find_contamination({"t": many}, [tmp_path / "a.jsonl"])["t"].items) == [257, 300, 390]
 
 
 def test_what_was_found_is_kept(tmp_path, tasks, planted, monkeypatch):

@@ -134,3 +134,14 @@ def test_a_row_of_an_older_program_is_read():
     for late in ("main", "value_clean"):
         del row[late]
     assert ScoreRecord.model_validate(row) == score()
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(payload=st.binary(max_size=300) | st.sampled_from([b"[" * 100_000, b'{"task":' * 50_000, b'{"n": 1' + b"0" * 9000 + b"}"]))
+def test_any_bytes_give_scores_or_a_sentence(tmp_path, payload):
+    path = tmp_path / "scores.jsonl"
+    path.write_bytes(payload + b"\n")
+    try:
+        assert read_records(path) == []
+    except DataError as error:
+        assert len(str(error)) < 20_000

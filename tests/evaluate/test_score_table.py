@@ -35,7 +35,7 @@ MARKDOWN = r"""| model | arc\_pt acc\_norm | assin2 f1\_macro | average |
     r"""unpaired; †: not better than every baseline by as much
 - average of arc\_pt, assin2
 - arc\_pt acc\_norm: 1,170 items, 25 shots, version 2.0, defined by lm-eval, data arc\_pt.jsonl, lm\_eval 0.4.13
-- arc\_pt acc\_norm: ttl\_160m: 3 questions cut on the left
+- arc\_pt acc\_norm: ttl\_160m: 3 requests cut on the left
 - arc\_pt acc\_norm: ttl\_460m: 12 items in its training data, 30.50 without them
 - assin2 f1\_macro: 2,448 items, 15 shots, version 2.0, defined by lm-eval, data assin2.jsonl, lm\_eval 0.4.13
 """)
@@ -165,6 +165,21 @@ def test_averages_are_over_one_set_of_columns():
     assert [None if row.average is None else round(row.average.value, 6) for row in table.rows] == [50.0, None]
     assert not build_table([score(), score("p", 12.0, metric="perplexity")]).averaged, "a perplexity is no share"
     assert not build_table([score()]).averaged, "one column is no average"
+
+
+def test_names_of_strangers_are_written_out():
+    table = build_table([score("a\x1b[31m", model="m\n| evil |", baselines={"\x07": 0.5}), score("b", model="m\n| evil |")])
+    for text in (to_markdown(table), to_latex(table), to_csv(table)):
+        assert not {"\x1b", "\x07"} & set(text) and "m\n" not in text
+    assert len(to_markdown(table).splitlines()) == 9
+
+
+def test_metrics_of_the_same_answers_tell_once_how_they_came_about():
+    rows = [score(metric=metric, truncated=2, contaminated=0, shots=1, main=metric == "acc") for metric in ("acc", "acc_norm")]
+    notes = build_table(rows).notes
+    assert [note for note in notes if "pequeno" in note] == [
+        "arc_pt acc: pequeno: 2 requests cut on the left; 0 items in its training data"]
+    assert sum("1,170 items, 1 shot, version" in note for note in notes) == 2
 
 
 def test_rows_are_told_apart():
