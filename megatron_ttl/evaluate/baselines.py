@@ -105,7 +105,7 @@ def _of_choices(task: Task, run: Callable[[Answerer], TaskResult | None]) -> dic
     constants = [first, *(run(FixedAnswers(lambda item, choice=choice: choice)) for choice in range(1, max(counts.values())))]
     draws = (_drawn(counts, number) for number in range(DRAWS))
     found = {"random": _expected(constants, counts, lambda: [run(FixedAnswers(draw.__getitem__)) for draw in draws])}
-    lists = {tuple(choices.values()) for choices in recorder.choices.values()}
+    lists = list(dict.fromkeys(tuple(recorder.choices[item].values()) for item in sorted(recorder.choices)))
     all_labels = max(lists, key=len)  # exams have questions with four letters and with five
     of_classes = any(item_values(first.items, metric, measured.value) is None for metric, measured in first.metrics.items())
     told_apart = any(len(set(choices)) > 1 for choices in lists)  # not where the contexts are the choices

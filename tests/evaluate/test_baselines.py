@@ -56,9 +56,9 @@ def test_classes_have_random_and_majority(labels):
 
 
 def test_balanced_classes_give_a_third():
-    """What BERTimbau's and TeenyTinyLlama's tables call chance: ASSIN 2 and HateBR are balanced; FaQuAD-NLI is not."""
+    """ASSIN 2 and HateBR are balanced; FaQuAD-NLI's test rows are not, and saying no to everything scores 43.97."""
     assert baselines(make_task(LABELS, labelled([0, 1] * 20)), run_task)["f1"]["majority"] == pytest.approx(1 / 3)
-    faquad = labelled([0] * 510 + [1] * 140)  # 650 test rows, 78.5 % of one class
+    faquad = labelled([0] * 51 + [1] * 14)  # a tenth of the official 650, 78.5 % of one class
     assert 100 * baselines(make_task(LABELS, faquad), run_task)["f1"]["majority"] == pytest.approx(43.97, abs=0.005)
 
 
@@ -91,7 +91,7 @@ def test_a_share_of_probability():
     config = CHOICE | {"process_results": FUNCTIONS["truthfulqa_mc2"], "metric_list": [ACC],
                        "doc_to_choice": "{{mc2_targets.choices}}", "doc_to_target": 0}
     truths = [[1, 0, 0, 0], [1, 1, 0], [1, 1, 1, 0, 0]]
-    rows = [{"question": f"Q{number}?", "mc2_targets": {"choices": ["a" * (place + 1) for place in range(len(labels))],
+    rows = [{"question": f"Q{number}?", "mc2_targets": {"choices": ["abc"[number] * (place + 1) for place in range(len(labels))],
                                                         "labels": labels}} for number, labels in enumerate(truths)]
     found = baselines(make_task(config, rows), run_task)
     assert found["acc"] == pytest.approx({"random": np.mean([1 / 4, 2 / 3, 3 / 5]), "longest": 0, "shortest": 1})

@@ -96,8 +96,8 @@ def test_workers_find_the_same(tmp_path, tasks, planted, monkeypatch):
     write_lines(tmp_path / "a.jsonl", planted)
     monkeypatch.setattr("megatron_ttl.evaluate.training_text._UNIT_BYTES", 2000)
     monkeypatch.setattr(contamination, "_WORKER_BYTES", 100)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert found_in(find_contamination(tasks, [tmp_path / "a.jsonl"])) == wanted_in("a.jsonl", first=1)
-    assert found_in(find_contamination(tasks, [tmp_path / "a.jsonl"], workers=2)) == wanted_in("a.jsonl", first=1)
 
 
 def test_only_the_first_documents_are_named_and_all_are_counted(tmp_path, tasks):
