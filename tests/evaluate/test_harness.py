@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import re
 import socket
 from dataclasses import replace
 
@@ -28,6 +29,8 @@ from small_tasks import (
 
 from megatron_ttl.errors import CheckpointError, ConfigError, DataError
 from megatron_ttl.evaluate import harness
+from megatron_ttl.evaluate.answer import ModelAnswerer
+from megatron_ttl.generate.open_folder import open_model_folder
 
 F1 = {"metric": "f1", "aggregation": "f1", "higher_is_better": True}
 CASES = {
@@ -39,32 +42,10 @@ CASES = {
            questions(9), None, 1),
     "pair": (PAIR, PAIRS, None, 0),
     "multiple inputs": (BLANK, BLANKS, None, 0),
-    "generate": (GENERATE, questions(5), None, 2),
+    "generate": (GENERATE, questions(5), None, 0),
     "rolling": (ROLLING, questions(5), None, 0),
     "last word": (LAST_WORD, questions(5), None, 0),
 }
-
-
-class Theirs:
-    """Answers of lm-eval's own model for transformers."""
-
-    def __init__(self, model) -> None:
-        self.model = model
-
-    def _ask(self, method, arguments):
-        from lm_eval.api.instance import Instance
-        return getattr(self.model, method)([Instance(method, {}, values, 0) for values in arguments], disable_tqdm=True)
-
-    def loglikelihood(self, requests):
-        return self._ask("loglikelihood", [(request.context, request.continuation) for request in requests])
-
-    def rolling(self, texts):
-        return self._ask("loglikelihood_rolling", [(text,) for text in texts])
-
-    def generate(self, requests):
-        return self._ask("generate_until", [(request.context, {"until": list(request.until), "do_sample": False,
-                                                               "max_gen_toks": request.max_new_tokens})
-                                            for request in requests])
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +69,28 @@ def lm_eval_alone(model, config, rows, fewshot, shots, seed):
                            task_manager=TaskManager(include_defaults=False))
 
 
+def words(text):
+    return re.findall(r"\w{3,}", text)
+
+
 @pytest.mark.parametrize("config, rows, fewshot, shots", CASES.values(), ids=CASES)
-def test_the_same_as_lm_eval_alone(theirs, config, rows, fewshot, shots):
-    found = harness.run_task(make_task(config, rows, shots=shots, fewshot=fewshot), Theirs(theirs), seed=5)
+def test_the_same_as_lm_eval_alone(theirs, model_folder, config, rows, fewshot, shots):
+    answerer = ModelAnswerer(open_model_folder(model_folder, "cpu"), batch=3)
+    found = harness.run_task(make_task(config, rows, shots=shots, fewshot=fewshot), answerer, seed=5)
     expected = lm_eval_alone(theirs, config, rows, fewshot, shots, seed=5)
     figures = expected["results"]["toy"]
     assert {f"{name},none": measured.value for name, measured in found.metrics.items()} == pytest.approx(
-        {key: value for key, value in figures.items() if key.endswith(",none") and "_stderr" not in key}, abs=1e-6)
+        {key: value for key, value in figures.items() if key.endswith(",none") and "_stderr" not in key}, rel=1e-5, abs=1e-6)
     assert len(found.items) == len(rows)
     for ours, sample in zip(found.items, expected["samples"]["toy"], strict=True):
         assert ours["item"] == sample["doc_id"] and ours["target"] == sample["target"]
         answers = [answer[0] if isinstance(answer, tuple) else answer for (answer,) in sample["resps"]]
-        assert ours["answers"] == (answers if isinstance(answers[0], str) else pytest.approx(answers, abs=1e-5))
+        if isinstance(answers[0], str):  # a random model says half characters, which transformers spells otherwise
+            assert words(ours["answers"][0]) == words(answers[0])
+        else:
+            assert ours["answers"] == pytest.approx(answers, abs=1e-4)
         for metric in sample["metrics"]:
-            assert np.asarray(ours[metric]) == pytest.approx(np.asarray(sample[metric]), abs=1e-5)
+            assert np.asarray(ours[metric]) == pytest.approx(np.asarray(sample[metric]), abs=1e-4)
 
 
 def test_standard_errors_are_those_of_lm_eval(monkeypatch):
