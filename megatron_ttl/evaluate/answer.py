@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,20 +84,24 @@ class ModelAnswerer:
 
         return [nats for nats, _ in self._in_parts(texts, windows, progress)]
 
-    def _in_parts(self, asked: Sequence, encode: Callable, progress: Callable[[int], None] | None
-                  ) -> list[tuple[float, bool]]:
+    def _in_parts(self, asked: Sequence[Any], encode: Callable[[Sequence[Any]], list[list[Pair]]],
+                  progress: Callable[[int], None] | None) -> list[tuple[float, bool]]:
         """Score what is asked, some at a time; each becomes the sum of its pairs of tokens."""
-        answers = []
+        answers: list[tuple[float, bool]] = []
         for start in range(0, len(asked), _REQUESTS_AT_A_TIME):
             pieces = encode(asked[start : start + _REQUESTS_AT_A_TIME])
-            # A long text is several pairs: the bar never runs ahead of what is asked.
-            report = progress and (lambda done, start=start, most=len(pieces): progress(start + min(done, most)))
-            scored = iter(self.scorer.score([pair for pairs in pieces for pair in pairs], report))
+            flat = [pair for pairs in pieces for pair in pairs]
+
+            def report(done: int, before: int = len(answers), pairs: int = len(flat), own: int = len(pieces)) -> None:
+                if progress:
+                    progress(before + done * own // pairs)
+
+            scored = iter(self.scorer.score(flat, report))
             for pairs in pieces:
                 found = [next(scored) for _ in pairs]
                 answers.append((sum(nats for nats, _ in found), all(greedy for _, greedy in found)))
-            if progress:
-                progress(len(answers))
+        if progress:
+            progress(len(answers))
         return answers
 
     def _begun(self, ids: list[int]) -> list[int]:

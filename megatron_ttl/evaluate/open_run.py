@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_ttl.checkpoint.hf_weights import build_from
 from megatron_ttl.checkpoint.stored_run import open_run, require_weights
+from megatron_ttl.console import print_warning
 from megatron_ttl.evaluate.records import ScoredModel
 from megatron_ttl.evaluate.scored_model import describe_checkpoint, describe_folder
 from megatron_ttl.generate.open_folder import (
@@ -60,6 +61,8 @@ def open_checkpoint(run: str | os.PathLike[str], step: int | None = None, device
     stored = open_run(run)
     tokenizer = load_tokenizer(stored.tokenizer_directory, stored.config)
     checkpoint = stored.checkpoint(step)
+    for warning in stored.store.warnings:
+        print_warning(warning)
     require_weights(checkpoint, stored.config)
     bos = checkpoint.record.get("bos")
     add_bos = adds_bos(stored.tokenizer_directory) if bos is None else bool(bos)
