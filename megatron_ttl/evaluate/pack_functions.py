@@ -58,6 +58,15 @@ def multiple_choice_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @pack_function
+def four_choice_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Do the same for a task whose prompt shows exactly four choices."""
+    found = multiple_choice_row(row)
+    if isinstance(found.get("choices"), list) and len(found["choices"]) != 4:
+        raise ValueError(f"{len(found['choices'])} choices instead of four")
+    return found
+
+
+@pack_function
 def truthfulqa_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Put the hub's flat columns (`mc1_targets_choices` ...) into tables, as the original has them."""
     found = dict(row)

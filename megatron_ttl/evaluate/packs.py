@@ -69,7 +69,7 @@ class ListedTask:
     shots: int
     metric: str
     items: int | None
-    """Rows that are asked about; None: their file is not there, or cannot be read."""
+    """Rows in the file that is asked about; None: it is not there, or cannot be read."""
     files: str
     """Names of the files that are there."""
     sample: bool

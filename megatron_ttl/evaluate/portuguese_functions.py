@@ -94,6 +94,19 @@ def found_yes_or_no(row: Mapping[str, Any], results: Sequence[str]) -> dict[str,
     return {"f1_macro": (gold, said), "acc": float(gold == said)}
 
 
+@pack_function
+def portuguese_sentiment(row: Mapping[str, Any]) -> str:
+    """Return TweetSentBR's label in Portuguese."""
+    return {"Positive": "Positivo", "Negative": "Negativo"}.get(row["label"], "Neutro")
+
+
+@pack_function
+def found_sentiment(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Compare Positivo, Neutro or Negativo in a generated answer with the row's label."""
+    gold, said = portuguese_sentiment(row), similar_label(results[0], ("Positivo", "Neutro", "Negativo"))
+    return {"f1_macro": (gold, said), "acc": float(gold == said)}
+
+
 def similar_label(answer: str, labels: Sequence[str]) -> str:
     """Return the label that a generated answer names or nearly names, or INVALID.
 

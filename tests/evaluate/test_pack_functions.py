@@ -118,6 +118,13 @@ def test_rows_of_other_shapes(row, expected):
     assert {key: found[key] for key in expected} == expected
 
 
+def test_four_choices_are_four():
+    four = {"question": "Q", "choices": ["x", "y", "z", "w"], "answer": 3}
+    assert FUNCTIONS["four_choice_row"](four) == four
+    with pytest.raises(ValueError, match="3 choices instead of four"):
+        FUNCTIONS["four_choice_row"]({**four, "choices": ["x", "y", "z"]})
+
+
 def test_a_winograd_pronoun_that_stands_there_twice():
     row = {"sentence": "Ela disse que ela viria.", "tokens": ["Ela", "disse", "que", "ela", "viria", "."],
            "pronoun_tokens": [3, 4], "choices": ["Ana", "Bia"], "answer": 1}

@@ -35,6 +35,8 @@ NLI = {"question": "Quando abre a secretaria?", "answer": "Ela abre às oito hor
 NLI_DEMO = {"question": "Onde fica a reitoria?", "answer": "Há cursos noturnos.", "label": 0}
 HATE = {"text": "Que foto linda!", "label": 0}
 HATE_DEMO = {"text": "Cala a boca, seu inútil", "label": 1}
+TWEET = {"text": "Adorei o show de ontem!", "label": "Positive"}
+TWEET_DEMO = {"text": "Hoje é terça-feira", "label": "Neutral"}
 INFER = {"premise": "Dois amigos tocam violão", "hypothesis": "Há música.", "label": 1}
 QA = {"context": "O prédio foi aberto em 1950 por Lúcia.", "question": "Quem abriu o prédio?",
       "answers": {"text": ["por Lúcia", "Lúcia"]}}
@@ -127,6 +129,18 @@ GOLDEN = {
                             "Cala a boca, seu inútil\nPergunta: O texto é ofensivo?\nResposta: Sim\n\nTexto: Que "
                             "foto linda!\n"
                             "Pergunta: O texto é ofensivo?\nResposta:", SHORT),
+    "portuguese_hate_speech_lb": (
+        HATE, HATE_DEMO, "Abaixo contém o texto de tweets de usuários do Twitter em português, sua tarefa é "
+        "classificar se o "
+        'texto contém discurso de ódio ou não. Responda apenas com "Sim" ou "Não".\n\nTexto: Cala a boca, seu inútil\n'
+        "Pergunta: O texto contém discurso de ódio?\nResposta: Sim\n\nTexto: Que foto linda!\nPergunta: O texto contém "
+        "discurso de ódio?\nResposta:", SHORT),
+    "tweetsentbr_lb": (
+        TWEET, TWEET_DEMO, "Abaixo contém o texto de tweets de usuários do Twitter em português, sua tarefa é "
+        "classificar se "
+        "o sentimento do texto é Positivo, Neutro ou Negativo. Responda apenas com uma das opções.\n\nTexto: Hoje é "
+        "terça-feira\nPergunta: O sentimento do texto é Positivo, Neutro ou Negativo?\nResposta: Neutro\n\nTexto: Adorei o "
+        "show de ontem!\nPergunta: O sentimento do texto é Positivo, Neutro ou Negativo?\nResposta:", SHORT),
     "enem_challenge_lb": (FIVE, FIVE_DEMO, ENEM + LETTERED.format("Pergunta"), SHORT),
     "bluex_lb": (FIVE, FIVE_DEMO, BLUEX + LETTERED.format("Pergunta"), SHORT),
     "oab_exams_lb": (FIVE, FIVE_DEMO, OAB + LETTERED.format("Questão"), SHORT),
@@ -201,6 +215,7 @@ def test_no_pack_goes_without_a_golden_prompt():
      [{"acc": 1.0, "perplexity": 1.6487212707}, {"acc": 0.0, "perplexity": 7.3890560989}]),
     ("calame_pt_generate", CALAME, [" Chave, que"], ["chaveiro"], [{"exact_match": 1.0}, {"exact_match": 0.0}]),
     ("enem_challenge_lb", FIVE, [" Resposta: B"], [" D."], [{"acc": 1.0}, {"acc": 0.0}]),
+    ("tweetsentbr_lb", TWEET, ["positivo!"], ["Neutro"], [{"f1_macro": 1.0, "acc": 1.0}, {"f1_macro": 0.0, "acc": 0.0}]),
     ("oab_exams_lb", FIVE, [" B) a"], ["E"], [{"acc": 1.0}, {"acc": 0.0}]),
     ("assin2_rte_lb", PAIR, [" sim."], [" nao"], [{"f1_macro": 1.0, "acc": 1.0}, {"f1_macro": 0.0, "acc": 0.0}]),
     ("assin2_sts_lb", PAIR, [" 3,8"], ["nada"], [{"pearson": 0.0, "mse": 0.0}, {"pearson": 0.0, "mse": 1.44}]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -138,6 +139,13 @@ def test_hostile_yaml_is_one_sentence(tmp_path, text, message):
     write(tmp_path, text, "broken.yaml")
     with pytest.raises(ConfigError, match=message):
         find_tasks([tmp_path])
+
+
+def test_without_pyyaml_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    packs._read_own.cache_clear()
+    with pytest.raises(ConfigError, match=r"PyYAML is not installed; .*pip install 'megatron_ttl\[evaluation\]'"):
+        find_tasks()
 
 
 def test_all_faults_of_all_files_are_told_at_once(tmp_path):
