@@ -215,10 +215,11 @@ def _column(record: ScoreRecord, variants: Sequence[Sequence[ScoreRecord]]) -> C
 
 
 def _averaged(columns: Sequence[Column]) -> tuple[int, ...]:
-    """Return the columns of the tasks' scores, if they are shares and each task and data set stands there once."""
-    scores = [number for number, column in enumerate(columns) if column.record.main]
+    """Return the columns of the tasks' scores, or the only ones of their tasks; none unless all are shares of one kind."""
+    tasks = Counter(column.record.task for column in columns)
+    scores = [number for number, column in enumerate(columns) if column.record.main or tasks[column.record.task] == 1]
     records = [columns[number].record for number in scores]
-    once = len({(record.task, record.metric) for record in records}) == len(records) and not _twice_defined(records)
+    once = len({record.task for record in records}) == len(records) and not _twice_defined(records)
     alike = len({record.sample for record in records}) == 1 and all(columns[number].factor == 100 for number in scores)
     return tuple(scores) if len(scores) > 1 and once and alike else ()
 

@@ -163,6 +163,8 @@ def test_averages_are_over_one_set_of_columns():
     table = build_table([*whole[:5], score("x", 0.5, "a", metric="acc", main=False)])
     assert table.averaged == (0, 1, 2), "the metric beside the score is not averaged"
     assert [None if row.average is None else round(row.average.value, 6) for row in table.rows] == [50.0, None]
+    chosen = [score(task, metric="acc", main=False) for task in "xy"]
+    assert build_table(chosen).averaged == (0, 1), "a metric that was asked for stands for its task"
     assert not build_table([score(), score("p", 12.0, metric="perplexity")]).averaged, "a perplexity is no share"
     assert not build_table([score()]).averaged, "one column is no average"
 
