@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import math
-import re
 import socket
 from dataclasses import replace
 
@@ -42,7 +41,8 @@ CASES = {
            questions(9), None, 1),
     "pair": (PAIR, PAIRS, None, 0),
     "multiple inputs": (BLANK, BLANKS, None, 0),
-    "generate": (GENERATE, questions(5), None, 0),
+    # One token: a random model says half characters, and transformers spells several of them otherwise than sentencepiece.
+    "generate": (GENERATE | {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 1}}, questions(5), None, 2),
     "rolling": (ROLLING, questions(5), None, 0),
     "last word": (LAST_WORD, questions(5), None, 0),
 }
@@ -69,10 +69,6 @@ def lm_eval_alone(model, config, rows, fewshot, shots, seed):
                            task_manager=TaskManager(include_defaults=False))
 
 
-def words(text):
-    return re.findall(r"\w{3,}", text)
-
-
 @pytest.mark.parametrize("config, rows, fewshot, shots", CASES.values(), ids=CASES)
 def test_the_same_as_lm_eval_alone(theirs, model_folder, config, rows, fewshot, shots):
     answerer = ModelAnswerer(open_model_folder(model_folder, "cpu"), batch=3)
@@ -85,10 +81,7 @@ def test_the_same_as_lm_eval_alone(theirs, model_folder, config, rows, fewshot, 
     for ours, sample in zip(found.items, expected["samples"]["toy"], strict=True):
         assert ours["item"] == sample["doc_id"] and ours["target"] == sample["target"]
         answers = [answer[0] if isinstance(answer, tuple) else answer for (answer,) in sample["resps"]]
-        if isinstance(answers[0], str):  # a random model says half characters, which transformers spells otherwise
-            assert words(ours["answers"][0]) == words(answers[0])
-        else:
-            assert ours["answers"] == pytest.approx(answers, abs=1e-4)
+        assert ours["answers"] == (answers if isinstance(answers[0], str) else pytest.approx(answers, abs=1e-4))
         for metric in sample["metrics"]:
             assert np.asarray(ours[metric]) == pytest.approx(np.asarray(sample[metric]), abs=1e-4)
 
