@@ -92,6 +92,8 @@ def evaluate_tasks(find: Callable[[], Sequence[Place]], settings: TaskSettings, 
     places = _or_faults(find, faults)
     tasks = _or_faults(partial(_tasks_with_rows, settings), faults)
     raise_faults(UserError, faults)
+    if fixed := [task.name for task in tasks if shots_of(task, settings.shots) != (settings.shots or task.shots)]:
+        print(f"{', '.join(fixed)}: --shots is not for these: what they show is part of their prompt", file=sys.stderr)
     RowFile(path).close()  # cuts a torn line, and says now what the disk would refuse later
     work = _Work(settings, path, read_records(path))
     try:

@@ -76,6 +76,9 @@ def run_task(task: Task, answerer: Answerer, shots: int | None = None, limit: in
     except Exception as error:
         if model.answering:
             raise
+        if isinstance(error, OverflowError):
+            raise DataError(f"task {task.name}: a metric is no number: it overflows, as a perplexity above 1e308 does; it "
+                            "must be one; look at the model and the rows") from error
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DataError(f"task {task.name}: its definition does not fit its rows ({reason}); templates, metrics and "
                         "rows must belong together; correct the pack, or the data file") from error
@@ -173,12 +176,13 @@ def _build(task: Task, data: TaskData, shots: int, seed: int) -> Any:
     demonstrations = dict(config.get("fewshot_config") or {})
     process = config.pop("process_docs", None)
     splits = _splits(task, data, process, demonstrations.pop("process_docs", None) or process)
-    own_samples = demonstrations.get("samples") is not None
     demonstrations.pop("split", None)
+    samples = demonstrations.get("samples")
     # Without the name of a split lm-eval would draw from the test rows, the row in question among them.
-    pool = None if own_samples else "fewshot" if "fewshot" in splits else "test"
-    if pool and shots:
-        _require_pool(task, len(splits[pool]), shots + (pool == "test"))
+    pool = None if samples is not None else "fewshot" if "fewshot" in splits else "test"
+    if shots:
+        _require_pool(task, len(splits[pool] if pool else samples() if callable(samples) else samples),
+                      shots + (pool == "test"))
     config |= {"task": task.name, "custom_dataset": lambda **_: splits, "test_split": "test", "fewshot_split": pool,
                "num_fewshot": shots}
     if demonstrations:
@@ -241,9 +245,9 @@ def _measure(task: Task, built: Any, samples: Sequence[Mapping[str, Any]],
     for (name, metric), items in values.items():
         aggregate = built.aggregation().get(metric, mean)
         value = float(aggregate(items))
-        if math.isnan(value):
-            raise DataError(f"task {task.name}: {name}: is no number for these {len(items)} items; it must be one; give "
-                            "more items, or correct the rows")
+        if not math.isfinite(value):
+            raise DataError(f"task {task.name}: {name}: is no number ({value}) for these {len(items)} items; it must be "
+                            "one; give more items, or look at the model and the rows")
         found[name] = Measured(value, _standard_error(metric, aggregate, items) if standard_errors else None)
     if missing := [metric for metric in task.metrics if metric not in found]:
         raise ConfigError(f"task {task.name}: metrics: {', '.join(missing)}; what is measured is {', '.join(found)}; "

@@ -98,7 +98,7 @@ def choose_tasks(names: Sequence[str], data: Path = DEFAULT_DATA, folders: Seque
     """Return the named tasks, those of groups in the group's order, each once.
 
     Raises:
-        ConfigError: packs are wrong, or names are unknown.
+        ConfigError: packs are wrong, or names are unknown (and what else is missing).
         DataError: data files are missing; all of them, with where they come from.
     """
     packs, groups = _read_all(folders)
@@ -114,9 +114,9 @@ def choose_tasks(names: Sequence[str], data: Path = DEFAULT_DATA, folders: Seque
                               + (did_you_mean(near) if near else "correct the name"))
     if not names:
         faults.append("--tasks: is empty; must name at least one task or group; see --list")
-    raise_faults(ConfigError, faults)
-    raise_faults(DataError, [f"{name}: {lacking}" for name, pack in chosen.items()
-                             if not (hub and pack.file.pack.hub) and (lacking := _lacking(pack, data))])
+    lacking = [f"{name}: {found}" for name, pack in chosen.items()
+               if not (hub and pack.file.pack.hub) and (found := _lacking(pack, data))]
+    raise_faults(ConfigError if faults else DataError, [*faults, *lacking])
     return [_task(pack, data, hub) for pack in chosen.values()]
 
 

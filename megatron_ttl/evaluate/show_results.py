@@ -34,12 +34,16 @@ def show_scores(scores: Scores, as_json: bool) -> None:
 
 
 def _cells(record: ScoreRecord) -> dict[str, Any]:
-    error = "" if record.stderr is None else f" ± {record.stderr:.4f}"
+    error = "" if record.stderr is None else f" ± {_figure(record.stderr)}"
     data = [*(["sample"] if record.sample else []), *([f"first {record.limit}"] if record.limit else [])]
     return {"step": record.model.step, "task": record.task, "version": record.version, "shots": record.shots,
-            "metric": record.metric, "score": f"{record.value:.4f}{error}", "n": record.n,
-            "without a model": ", ".join(f"{name} {value:.4f}" for name, value in record.baselines.items()) or "-",
+            "metric": record.metric, "score": f"{_figure(record.value)}{error}", "n": record.n,
+            "without a model": ", ".join(f"{name} {value:.3f}" for name, value in record.baselines.items()) or "-",
             "truncated": record.truncated, "contaminated": record.contaminated, "data": ", ".join(data) or "all"}
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"  # a perplexity
 
 
 def show_listing(tasks: Sequence[ListedTask], data: Path, as_json: bool) -> None:

@@ -15,6 +15,8 @@ def hf_backend(folder: Path, batch: int = 4) -> Any:
     It imports accelerate, which nothing else here needs, and uses none of it for a model that is handed over: where it is
     not installed, empty names stand in for the import.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # first: it looks whether accelerate is there
+
     stand_ins = {}
     if find_spec("accelerate") is None:
         stand_ins = {name: ModuleType(name) for name in ("accelerate", "accelerate.utils")}
@@ -27,8 +29,6 @@ def hf_backend(folder: Path, batch: int = 4) -> Any:
     finally:
         for name in stand_ins:
             del sys.modules[name]
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(folder)
     return HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=batch,
                 max_length=model.config.max_position_embeddings)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_backend import hf_backend
 from questions import (
     KINDS,
     POSITIONS,
@@ -54,12 +55,7 @@ def opened(folder: Path) -> OpenModel:
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
     """lm-eval's backend on transformers' model of the same folder."""
-    pytest.importorskip("accelerate", reason="lm-eval's backend for Hugging Face models imports it")
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=8)
+    return hf_backend(folder, batch=8)
 
 
 def requests_of(pairs: list[tuple[str, str]]) -> list[Request]:

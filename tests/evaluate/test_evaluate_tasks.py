@@ -112,6 +112,15 @@ def test_what_fails_does_not_stop_the_others(model_folder, settings, folder, tmp
     assert len(scores.faults) == 1 and "task toy_broken: its definition does not fit its rows" in scores.faults[0]
 
 
+def test_a_prompt_that_is_fixed_gets_no_shots_and_says_so(model_folder, settings, folder, tmp_path, capsys):
+    write_pack(folder, "toy_fixed", more="num_fewshot: 0")
+    for _ in range(2):
+        scores = evaluate_tasks(one_model(model_folder), settings(("toy_fixed", "toy_one"), shots=2), tmp_path / "s.jsonl")
+        assert [record.shots for record in scores.records] == [0, 0, 2, 2]
+        assert capsys.readouterr().err == "toy_fixed: --shots is not for these: what they show is part of their prompt\n"
+    assert scores.known == 4
+
+
 def test_every_checkpoint_and_one_that_is_damaged(model_folder, settings, asked, tmp_path):
     def checkpoint(step):
         if step == 20:
@@ -142,8 +151,8 @@ def test_all_faults_before_a_model_is_opened(model_folder, settings, folder, tmp
                   "toy_on: is no task and no group.*did you mean .*toy_one"):
         assert re.search(fault, text), fault
     write_pack(folder, "toy_elsewhere", file="elsewhere.jsonl")
-    with pytest.raises(UserError, match="toy_elsewhere: elsewhere.jsonl is not in"):
-        evaluate_tasks(one_model(model_folder), settings(("toy_elsewhere", "toy_one")), path)
+    with pytest.raises(UserError, match="(?s)toy_on: is no task.*toy_elsewhere: elsewhere.jsonl is not in"):
+        evaluate_tasks(one_model(model_folder), settings(("toy_elsewhere", "toy_on")), path)
     (folder / "data" / "bad.jsonl").write_text('{"question": "?", "choices": ["a", "b"], "answer": 2}\n')
     write_pack(folder, "toy_bad", file="bad.jsonl")
     with pytest.raises(UserError, match="bad.jsonl:1: 'answer' is 2"):

@@ -28,6 +28,8 @@ from small_tasks import (
 
 from megatron_ttl.errors import CheckpointError, ConfigError, DataError
 from megatron_ttl.evaluate import harness
+from megatron_ttl.evaluate.answer import ModelAnswerer
+from megatron_ttl.generate.open_folder import open_model_folder
 
 F1 = {"metric": "f1", "aggregation": "f1", "higher_is_better": True}
 CASES = {
@@ -39,32 +41,11 @@ CASES = {
            questions(9), None, 1),
     "pair": (PAIR, PAIRS, None, 0),
     "multiple inputs": (BLANK, BLANKS, None, 0),
-    "generate": (GENERATE, questions(5), None, 2),
+    # One token: a random model says half characters, and transformers spells several of them otherwise than sentencepiece.
+    "generate": (GENERATE | {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 1}}, questions(5), None, 2),
     "rolling": (ROLLING, questions(5), None, 0),
     "last word": (LAST_WORD, questions(5), None, 0),
 }
-
-
-class Theirs:
-    """Answers of lm-eval's own model for transformers."""
-
-    def __init__(self, model) -> None:
-        self.model = model
-
-    def _ask(self, method, arguments):
-        from lm_eval.api.instance import Instance
-        return getattr(self.model, method)([Instance(method, {}, values, 0) for values in arguments], disable_tqdm=True)
-
-    def loglikelihood(self, requests):
-        return self._ask("loglikelihood", [(request.context, request.continuation) for request in requests])
-
-    def rolling(self, texts):
-        return self._ask("loglikelihood_rolling", [(text,) for text in texts])
-
-    def generate(self, requests):
-        return self._ask("generate_until", [(request.context, {"until": list(request.until), "do_sample": False,
-                                                               "max_gen_toks": request.max_new_tokens})
-                                            for request in requests])
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +70,20 @@ def lm_eval_alone(model, config, rows, fewshot, shots, seed):
 
 
 @pytest.mark.parametrize("config, rows, fewshot, shots", CASES.values(), ids=CASES)
-def test_the_same_as_lm_eval_alone(theirs, config, rows, fewshot, shots):
-    found = harness.run_task(make_task(config, rows, shots=shots, fewshot=fewshot), Theirs(theirs), seed=5)
+def test_the_same_as_lm_eval_alone(theirs, model_folder, config, rows, fewshot, shots):
+    answerer = ModelAnswerer(open_model_folder(model_folder, "cpu"), batch=3)
+    found = harness.run_task(make_task(config, rows, shots=shots, fewshot=fewshot), answerer, seed=5)
     expected = lm_eval_alone(theirs, config, rows, fewshot, shots, seed=5)
     figures = expected["results"]["toy"]
     assert {f"{name},none": measured.value for name, measured in found.metrics.items()} == pytest.approx(
-        {key: value for key, value in figures.items() if key.endswith(",none") and "_stderr" not in key}, abs=1e-6)
+        {key: value for key, value in figures.items() if key.endswith(",none") and "_stderr" not in key}, rel=1e-5, abs=1e-6)
     assert len(found.items) == len(rows)
     for ours, sample in zip(found.items, expected["samples"]["toy"], strict=True):
         assert ours["item"] == sample["doc_id"] and ours["target"] == sample["target"]
         answers = [answer[0] if isinstance(answer, tuple) else answer for (answer,) in sample["resps"]]
-        assert ours["answers"] == (answers if isinstance(answers[0], str) else pytest.approx(answers, abs=1e-5))
+        assert ours["answers"] == (answers if isinstance(answers[0], str) else pytest.approx(answers, abs=1e-4))
         for metric in sample["metrics"]:
-            assert np.asarray(ours[metric]) == pytest.approx(np.asarray(sample[metric]), abs=1e-5)
+            assert np.asarray(ours[metric]) == pytest.approx(np.asarray(sample[metric]), abs=1e-4)
 
 
 def test_standard_errors_are_those_of_lm_eval(monkeypatch):
@@ -160,6 +142,8 @@ def test_prompts_whose_shots_are_fixed_and_samples_of_the_definition():
     listening = Listening()
     harness.run_task(make_task(own, questions(3), shots=2), listening)
     assert all("dia 28?" in request.context and "dia 29?" in request.context for request in listening.asked)
+    with pytest.raises(DataError, match="2 rows to take demonstrations from; 3 are needed"):
+        harness.run_task(make_task(own, questions(3), shots=3), Chance())
 
 
 def test_rows_are_processed_once_and_stay_as_they_were():
@@ -271,6 +255,16 @@ def test_what_fails_in_the_answerer_keeps_its_name():
     broken.loglikelihood = lambda requests: [(1 / 0, False) for _ in requests]
     with pytest.raises(ZeroDivisionError):
         harness.run_task(make_task(CHOICE, questions(2)), broken)
+
+
+def test_a_metric_that_overflows_is_said():
+    sure = Chance()
+    sure.loglikelihood = lambda requests: [(-1e4, False) for _ in requests]
+    with pytest.raises(DataError, match="task toy: a metric is no number: it overflows"):
+        harness.run_task(make_task(LAST_WORD, questions(3)), sure)
+    nothing = CHOICE | {"metric_list": [ACC | {"aggregation": lambda items: math.nan}]}
+    with pytest.raises(DataError, match="task toy: acc: is no number .nan. for these 3 items"):
+        harness.run_task(make_task(nothing, questions(3)), Chance())
 
 
 def test_no_network_no_word(monkeypatch, capfd):
