@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ttl.errors import ConfigError, DataError, UserError, raise_faults
+from megatron_ttl.evaluate.demonstrations import with_own_demonstrations
 from megatron_ttl.evaluate.harness_model import GENERATION_OPTIONS, Bar, language_model
 from megatron_ttl.evaluate.task import Answerer, Measured, Task, TaskData, TaskResult
 from megatron_ttl.runtime import set_default_variable
@@ -187,7 +188,8 @@ def _build(task: Task, data: TaskData, shots: int, seed: int) -> Any:
                "num_fewshot": shots}
     if demonstrations:
         config["fewshot_config"] = demonstrations
-    built = OverRows(config=config)
+    kind = with_own_demonstrations(OverRows, task.demonstrations_column) if task.demonstrations_column else OverRows
+    built = kind(config=config)
     built.ready = True
     built.set_fewshot_seed(seed)
     return built
@@ -285,6 +287,8 @@ def _items(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                    for repeats in sample["resps"] for answer in repeats]
         item = items.setdefault(sample["doc_id"], {"item": sample["doc_id"], "target": _plain(sample["target"]),
                                                    "answers": answers})
+        if sample["filter"] == "verdicts":
+            item["verdicts"] = _plain(sample["filtered_resps"][0])
         for metric in sample["metrics"]:
             item[_metric_name(metric, sample, samples)] = _plain(sample[metric])
     return [items[number] for number in sorted(items)]
