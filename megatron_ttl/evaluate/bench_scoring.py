@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_ttl.console import progress
 from megatron_ttl.errors import ConfigError, UserError, raise_faults
 from megatron_ttl.evaluate.answer import ModelAnswerer
 from megatron_ttl.evaluate.task import Request
@@ -34,7 +35,8 @@ def bench_scoring(folder: str | os.PathLike[str], questions: int = 16, batch: in
 
     Returns:
         For each set: tokens that lm-eval ran for one of ours (what a machine that is busy with tokens alone would
-        gain), the ratio of the times, our requests per second of a processor, and the largest difference of two log-likelihoods.
+        gain), the ratio of the times, our requests per second of a processor, and the largest difference of two
+        log-likelihoods.
 
     Raises:
         ConfigError: a number is below 1.
@@ -47,10 +49,12 @@ def bench_scoring(folder: str | os.PathLike[str], questions: int = 16, batch: in
     words, counted = _words(opened), [0]
     theirs = _lm_eval(opened, batch, counted)
     result: dict[str, Any] = {"model": str(folder), "questions": questions, "batch": batch}
-    for name, (shots, same, letters) in _SETS.items():
-        requests = _requests(words, questions, shots, same, letters)
-        figures = _compare(requests, opened, theirs, batch, repeats, counted)
-        result |= {f"{name}: {key}": figure for key, figure in figures.items()}
+    with progress("scoring", len(_SETS), "sets") as report:
+        for number, (name, (shots, same, letters)) in enumerate(_SETS.items(), start=1):
+            requests = _requests(words, questions, shots, same, letters)
+            figures = _compare(requests, opened, theirs, batch, repeats, counted)
+            result |= {f"{name}: {key}": figure for key, figure in figures.items()}
+            report(number)
     return result
 
 

@@ -15,6 +15,7 @@ from store_peers import on_all
 from megatron_ttl.checkpoint.hf import export_run
 from megatron_ttl.checkpoint.pieces import Piece
 from megatron_ttl.checkpoint.store import CheckpointStore
+from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.errors import CheckpointError, UserError
 from megatron_ttl.evaluate.answer import ModelAnswerer
 from megatron_ttl.evaluate.open_run import checkpoint_steps, open_checkpoint, open_checkpoint_model, open_folder
@@ -33,6 +34,10 @@ def halves(tensor: torch.Tensor, rank: int) -> Piece:
     return Piece(own.contiguous(), tuple(tensor.shape), (start, *(0,) * (tensor.dim() - 1)))
 
 
+def write_settings(folder: Path, config: ModelConfig) -> None:
+    (folder / "settings.json").write_text(json.dumps({"run": {"model": config.model_dump(mode="json")}}))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """A run with a checkpoint that one process wrote, and one of the same weights that two wrote in pieces."""
@@ -45,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Pat
         CheckpointStore(folder / "checkpoints").save(40, {"weights": pieces}, {**RECORD, "consumed_tokens": 2000}, peers)
 
     on_all(2, save)
-    (folder / "settings.json").write_text(json.dumps({"run": {"model": CONFIG.model_dump(mode="json")}}))
+    write_settings(folder, CONFIG)
     shutil.copytree(tokenizer_folder, folder / "tokenizer")
     return folder
 
@@ -131,10 +136,8 @@ def test_a_damaged_checkpoint(tmp_path: Path, run: Path, capsys: pytest.CaptureF
     (lambda run: (run / "settings.json").unlink(), "is no run folder"),
     (lambda run: shutil.rmtree(run / "tokenizer"), "tokenizer: does not exist"),
     (lambda run: shutil.rmtree(run / "checkpoints"), "has no checkpoint yet"),
-    (lambda run: (run / "settings.json").write_text(json.dumps({"run": {"model": config_of(3).model_dump(mode="json")}})),
-     "the run's settings ask for"),
-    (lambda run: (run / "settings.json").write_text(json.dumps({"run": {"model": config_of(2, 60).model_dump(mode="json")}})),
-     "pieces, the model 60 rows"),
+    (lambda run: write_settings(run, config_of(3)), "the run's settings ask for"),
+    (lambda run: write_settings(run, config_of(2, 60)), "pieces, the model 60 rows"),
 ])
 def test_broken_runs(tmp_path: Path, run: Path, damage: Any, message: str) -> None:
     broken = Path(shutil.copytree(run, tmp_path / "try"))
