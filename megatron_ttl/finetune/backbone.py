@@ -51,6 +51,8 @@ class Backbone(Protocol):
     def build(self, seed: int, untrained: bool, device: torch.device) -> nn.Module:
         """Return (ids [b, s], real [b, s], kinds [b, s]) -> logits [b, classes], its head drawn from a seed.
 
+        Where it has dropout, that goes on from the same seed: whoever trains it needs no other.
+
         Args:
             seed: of the head, and of all weights if untrained.
             untrained: draw the backbone's weights too.

@@ -100,7 +100,8 @@ def fine_tune(request: Request) -> dict[str, Any]:
 def _request_faults(request: Request) -> Iterator[str]:
     training = request.training
     for option, value, lowest in (("--seeds", request.seeds, 1), ("--epochs", training.epochs, 1), ("--batch", training.batch, 1),
-                                  ("--max-tokens", request.max_tokens or _FEWEST_TOKENS, _FEWEST_TOKENS)):
+                                  ("--max-tokens", _FEWEST_TOKENS if request.max_tokens is None else request.max_tokens,
+                                   _FEWEST_TOKENS)):
         if value < lowest:
             yield f"{option}: is {value}; it must be at least {lowest}; leave it out for the usual value"
     for option, share in (("--learning-rate", training.learning_rate), ("--epsilon", training.epsilon)):

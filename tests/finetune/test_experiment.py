@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from labelled_files import rows_of, small_request, write_rows, write_task
 
 from megatron_ttl.errors import CheckpointError, ConfigError, DataError
 from megatron_ttl.finetune import experiment
+from megatron_ttl.finetune.classifier import all_logits, load_classifier
 from megatron_ttl.finetune.experiment import fine_tune
 from megatron_ttl.finetune.results import FineTuneRecord, compare, comparison_table, read_result
+from megatron_ttl.finetune.rows import cut, read_rows
+from megatron_ttl.finetune.tasks import find_task
 from megatron_ttl.finetune.training import HyperParameters
 
 
@@ -86,9 +92,26 @@ def test_an_interrupted_experiment_goes_on_and_a_finished_one_is_only_read(data,
     assert not (tmp_path / "output" / "result.json").exists()
     result = fine_tune(request)
     assert calls == [0, 1, 1]
-    assert {key: value for key, value in result.items()} == whole
+    assert result == whole
     (data / "single.test.jsonl").write_text("")  # not looked at again
     assert fine_tune(request) == result
+
+
+def test_the_best_epoch_is_chosen_by_the_validation_rows_and_kept(data, model_folder, tmp_path):
+    draw = random.Random(0)
+    noise = write_rows(data / "single.train.jsonl", [{**row, "label": draw.randrange(2)} for row in rows_of(80)])
+    training = HyperParameters(epochs=5, batch=8, learning_rate=1e-2)
+    result = fine_tune(small_request(data, model_folder, tmp_path / "output", seeds=3, training=training, validation=0.25))
+    task = find_task("single", [data / "tasks.toml"])
+    _, validation = cut(read_rows(noise, task), 0.25, 0)
+    for row in result["seeds"]:
+        best = max(row["epochs"], key=lambda epoch: (epoch["accuracy"], -epoch["loss"]))
+        assert row["best_epoch"] == best["epoch"] and row["validation"] == best
+        classifier = load_classifier(tmp_path / "output" / f"seed-{row['seed']}" / "classifier", "cpu")
+        logits = all_logits(classifier.module, classifier.encode([part.texts for part in validation]), 3, 8, torch.device("cpu"))
+        loss = F.cross_entropy(logits, torch.tensor([part.label for part in validation]))
+        assert float(loss) == pytest.approx(best["loss"], abs=1e-5)
+    assert min(row["best_epoch"] for row in result["seeds"]) < 5  # not simply the last one
 
 
 def test_an_output_holds_one_experiment(data, model_folder, tmp_path):

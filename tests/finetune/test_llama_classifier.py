@@ -9,7 +9,7 @@ import torch
 from labelled_files import PAIR, SINGLE
 from tiny_folder import documents
 
-from megatron_ttl.errors import CheckpointError
+from megatron_ttl.errors import CheckpointError, ConfigError
 from megatron_ttl.finetune.backbone import Encoded
 from megatron_ttl.finetune.classifier import all_logits, collate, computing_in, epoch_batches, load_classifier, open_backbone, predict
 from megatron_ttl.finetune.llama_classifier import cut_to_fit
@@ -77,6 +77,11 @@ def test_pairs_are_joined_and_cut_at_their_ends(model_folder):
     separator = tokenizer.encode("\n")
     assert short == Encoded([tokenizer.bos_id, *tokenizer.encode("o rio"), *separator, *tokenizer.encode("a cidade")], [], False)
     assert long.cut and len(long.ids) == 16 and long.ids[: len(tokenizer.encode("o rio")) + 1] == [1, *tokenizer.encode("o rio")]
+
+
+def test_a_separator_must_leave_room_for_texts(model_folder):
+    with pytest.raises(ConfigError, match=r"its separator takes \d+ of 8 tokens; at least 4 must be left"):
+        open_backbone(model_folder, PAIR.model_copy(update={"separator": "日本🙂"}), max_tokens=8)
 
 
 def test_the_longer_text_is_cut_first():
