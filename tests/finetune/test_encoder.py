@@ -48,6 +48,15 @@ def test_an_encoder_is_fine_tuned_and_read_again(encoder_folder, tmp_path):
     assert all_logits(classifier.module, encoded, classifier.pad_id, 2, CPU).argmax(-1).tolist() == [1, 0]
 
 
+def test_dropout_too_is_of_the_seed_alone(encoder_folder, tmp_path):
+    data, seeds = write_task(tmp_path / "data"), []
+    for number in range(2):
+        torch.manual_seed(number)
+        seeds.append(fine_tune(small_request(data, encoder_folder, tmp_path / str(number), seeds=2))["seeds"])
+    assert seeds[0] == seeds[1]
+    assert seeds[0][0]["epochs"][0]["train_loss"] != seeds[0][1]["epochs"][0]["train_loss"]
+
+
 def test_the_same_seed_gives_the_same_classifier(encoder_folder):
     backbone = open_backbone(encoder_folder, SINGLE)
     first, again, other, fresh = (dict(backbone.build(seed, untrained, CPU).named_parameters())
