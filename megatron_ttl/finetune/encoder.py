@@ -142,8 +142,8 @@ def _or_checkpoint_error(folder: Path, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder}: transformers cannot read its {what} ({said}); it must be an encoder's folder; get it "
-                              "again, or use another one") from None
+        raise CheckpointError(f"{folder}: transformers cannot read its {what} ({said}); it must be an encoder's folder; "
+                              "get it again, or use another one") from None
 
 
 def _open_tokenizer(folder: Path) -> tuple[Any, int]:

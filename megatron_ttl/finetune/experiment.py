@@ -99,7 +99,8 @@ def fine_tune(request: Request) -> dict[str, Any]:
 
 def _request_faults(request: Request) -> Iterator[str]:
     training = request.training
-    for option, value, lowest in (("--seeds", request.seeds, 1), ("--epochs", training.epochs, 1), ("--batch", training.batch, 1),
+    for option, value, lowest in (("--seeds", request.seeds, 1), ("--epochs", training.epochs, 1),
+                                  ("--batch", training.batch, 1),
                                   ("--max-tokens", _FEWEST_TOKENS if request.max_tokens is None else request.max_tokens,
                                    _FEWEST_TOKENS)):
         if value < lowest:

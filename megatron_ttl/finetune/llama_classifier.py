@@ -89,8 +89,9 @@ class LlamaBackbone:
             max_tokens=min(max_tokens or longest, longest), add_bos=opened.add_bos, model=opened.config)
         between = len(opened.tokenizer.encode(task.separator)) if len(task.texts) == 2 else 0
         if self.record.max_tokens - between < _FEWEST_TOKENS:
-            raise ConfigError(f"task {task.name!r}: its separator takes {between} of {self.record.max_tokens} tokens; at least "
-                              f"{_FEWEST_TOKENS} must be left for the texts; choose a shorter one, or more --max-tokens")
+            raise ConfigError(f"task {task.name!r}: its separator takes {between} of {self.record.max_tokens} tokens; at "
+                              f"least {_FEWEST_TOKENS} must be left for the texts; choose a shorter one, or more "
+                              "--max-tokens")
 
     def encode(self, texts: Sequence[tuple[str, ...]]) -> list[Encoded]:
         """Return the ids of texts, or of pairs of texts."""

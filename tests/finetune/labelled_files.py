@@ -13,7 +13,8 @@ from megatron_ttl.finetune.training import HyperParameters
 
 PAIR = ClassificationTask(name="pair", files=("pair",), texts=("first", "second"), label="label",
                           labels=(("no", "0"), ("yes", "1")))
-SINGLE = ClassificationTask(name="single", files=("single",), texts=("text",), label="label", labels=(("no", "0"), ("yes", "1")))
+SINGLE = ClassificationTask(name="single", files=("single",), texts=("text",), label="label",
+                            labels=(("no", "0"), ("yes", "1")))
 TASK_FILE = """
 [[task]]
 name = "single"

@@ -44,7 +44,8 @@ class Spy:
 
 
 @pytest.mark.parametrize("files", [1, 2])
-def test_no_byte_of_the_test_split_is_read_before_the_last_epoch_of_the_last_seed(data, model_folder, tmp_path, monkeypatch, files):
+def test_no_byte_of_the_test_split_is_read_before_the_last_epoch_of_the_last_seed(data, model_folder, tmp_path,
+                                                                                  monkeypatch, files):
     if files == 1:
         write_rows(data / "single.jsonl", rows_of(50))
         for part in ("train", "test"):
@@ -74,7 +75,8 @@ def test_no_byte_of_the_test_split_is_read_before_the_last_epoch_of_the_last_see
         assert not any(event == f"open {data / 'single.jsonl'}" for event in spy.seen[begins:])
 
 
-def test_an_interrupted_experiment_goes_on_and_a_finished_one_is_only_read(data, model_folder, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_experiment_goes_on_and_a_finished_one_is_only_read(data, model_folder, tmp_path, monkeypatch,
+                                                                           capsys):
     train, calls = experiment.train_seed, []
 
     def interrupted(*arguments, **named):
@@ -108,7 +110,8 @@ def test_the_best_epoch_is_chosen_by_the_validation_rows_and_kept(data, model_fo
         best = max(row["epochs"], key=lambda epoch: (epoch["accuracy"], -epoch["loss"]))
         assert row["best_epoch"] == best["epoch"] and row["validation"] == best
         classifier = load_classifier(tmp_path / "output" / f"seed-{row['seed']}" / "classifier", "cpu")
-        logits = all_logits(classifier.module, classifier.encode([part.texts for part in validation]), 3, 8, torch.device("cpu"))
+        encoded = classifier.encode([part.texts for part in validation])
+        logits = all_logits(classifier.module, encoded, 3, 8, torch.device("cpu"))
         loss = F.cross_entropy(logits, torch.tensor([part.label for part in validation]))
         assert float(loss) == pytest.approx(best["loss"], abs=1e-5)
     assert min(row["best_epoch"] for row in result["seeds"]) < 5  # not simply the last one
@@ -127,7 +130,8 @@ def test_an_output_holds_one_experiment(data, model_folder, tmp_path):
 
 
 def test_test_rows_that_were_learnt_from_are_left_out(data, model_folder, tmp_path):
-    write_rows(data / "single.test.jsonl", [*rows_of(12, first=1000), {**rows_of(1)[0], "text": rows_of(1)[0]["text"].upper()}])
+    seen = rows_of(1)[0]
+    write_rows(data / "single.test.jsonl", [*rows_of(12, first=1000), {**seen, "text": seen["text"].upper()}])
     request = small_request(data, model_folder, tmp_path / "output", seeds=1, epochs=1)
     rows = fine_tune(request)["rows"]
     assert (rows["test"], rows["test_rows_seen_in_training"], rows["train"], rows["validation"]) == (12, 1, 36, 4)
@@ -153,7 +157,8 @@ def test_records_say_all_that_a_figure_depends_on(data, model_folder, tmp_path):
 def test_two_models_are_compared_on_the_same_rows_alone(data, model_folder, tmp_path):
     ours, other, elsewhere = (tmp_path / name for name in ("ours", "other", "elsewhere"))
     fine_tune(small_request(data, model_folder, ours, epochs=6))
-    fine_tune(small_request(data, model_folder, other, seeds=1, untrained=True, training=HyperParameters(1, learning_rate=1e-7)))
+    training = HyperParameters(1, learning_rate=1e-7)
+    fine_tune(small_request(data, model_folder, other, seeds=1, untrained=True, training=training))
     rows = compare(ours, other)
     assert [row["seed"] for row in rows] == [0, "vote"]
     said = [json.loads((folder / "seed-0" / "predictions.json").read_text()) for folder in (ours, other)]
@@ -194,7 +199,8 @@ def test_an_average_stands_in_complete_rows_alone(data, model_folder, tmp_path):
 def test_all_faulty_settings_are_told(data, model_folder, tmp_path):
     training = HyperParameters(epochs=0, batch=0, learning_rate=2, clip=0, warmup=1)
     with pytest.raises(ConfigError) as caught:
-        fine_tune(small_request(data, model_folder, tmp_path / "x", seeds=0, training=training, validation=0.9, max_tokens=3))
+        fine_tune(small_request(data, model_folder, tmp_path / "x", seeds=0, training=training, validation=0.9,
+                                max_tokens=3))
     assert [fault.partition(":")[0] for fault in caught.value.faults] == [
         "--seeds", "--epochs", "--batch", "--max-tokens", "--learning-rate", "--clip", "--validation", "--warmup"]
     write_rows(data / "single.train.jsonl", rows_of(40)[::2])

@@ -23,11 +23,13 @@ def row(text: str, label: int = 0, group: str | None = None) -> Row:
 def test_faulty_rows_are_named_all_at_once(tmp_path):
     path = tmp_path / "pair.jsonl"
     path.write_bytes(b"\n".join([b'{"first": "a", "second": "b", "label": 1}', b'{"first": "a", "label": 1}', b"[1]", b"",
-                                 b'{"first": "a", "second": "  ", "label": "maybe"}', b'{"first": "\xff"}', b'{"first": 3, "second": "b"}']))
+                                 b'{"first": "a", "second": "  ", "label": "maybe"}', b'{"first": "\xff"}',
+                                 b'{"first": 3, "second": "b"}']))
     with pytest.raises(DataError) as caught:
         read_rows(path, PAIR)
     faults = "\n".join(caught.value.faults)
-    for expected in ("jsonl:2: no key 'second'", "jsonl:3: a list instead of an object", "jsonl:5: 'second': the text is empty",
+    for expected in ("jsonl:2: no key 'second'", "jsonl:3: a list instead of an object", 
+                     "jsonl:5: 'second': the text is empty",
                      'jsonl:5: the label is "maybe", which is none of no/0, yes/1', "jsonl:6: invalid UTF-8",
                      "jsonl:7: 'first': the text is a number", "jsonl:7: no key 'label'"):
         assert expected in faults, expected
@@ -105,7 +107,8 @@ def test_the_test_split_opens_after_all_trainings_and_once(tmp_path):
         test.open_once("another look")
 
 
-@pytest.mark.parametrize(("name", "classes"), [("hatebr", 2), ("assin2", 2), ("faquad_nli", 2), ("sst2_pt", 2), ("inferbr", 3)])
+@pytest.mark.parametrize(("name", "classes"), [
+    ("hatebr", 2), ("assin2", 2), ("faquad_nli", 2), ("sst2_pt", 2), ("inferbr", 3)])
 def test_the_real_samples_are_read(shared_data, name, classes):
     task = find_task(name)
     path, test, sample = find_files(task, shared_data / "tasks")

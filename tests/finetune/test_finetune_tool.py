@@ -36,8 +36,8 @@ def run(repository, monkeypatch, capsys):
 
 
 def arguments_for(data: Path, model: Path, output: Path) -> list[str]:
-    return ["--task", "single", "--task-file", str(data / "tasks.toml"), "--model", str(model), "--data", str(data), "--output",
-            str(output), "--device", "cpu", "--batch", "8", "--learning-rate", "1e-3"]
+    return ["--task", "single", "--task-file", str(data / "tasks.toml"), "--model", str(model), "--data", str(data),
+            "--output", str(output), "--device", "cpu", "--batch", "8", "--learning-rate", "1e-3"]
 
 
 def test_train_compare_tabulate_predict(run, model_folder, tmp_path):
@@ -45,15 +45,16 @@ def test_train_compare_tabulate_predict(run, model_folder, tmp_path):
     code, out, _ = run(*arguments_for(data, model_folder, ours), "--epochs", 8, "--seeds", 2)
     assert code == 0 and "mean ± sd" in out and "majority class" in out
     assert "36 rows to learn from, 4 to choose the epoch, 12 to judge" in out
-    code, out, _ = run(*arguments_for(data, model_folder, other), "--epochs", 8, "--seeds", 2, "--untrained", "--compare", ours,
-                       "--json")
+    code, out, _ = run(*arguments_for(data, model_folder, other), "--epochs", 8, "--seeds", 2, "--untrained",
+                       "--compare", ours, "--json")
     result = json.loads(out)
     assert code == 0 and len(result["comparisons"][str(ours)]) == 3 and result["untrained"]
     code, out, _ = run("--table", ours, other, "--metric", "f1_macro")
     lines = out.splitlines()
     assert code == 0 and lines[1].split() == ["single", "average"]
     assert [line.strip().split("  ")[0] for line in lines[2:]] == ["tiny", "tiny, untrained", "majority class"]
-    code, out, _ = run("--predict", data / "single.test.jsonl", "--classifier", ours / "seed-1" / "classifier", "--device", "cpu")
+    code, out, _ = run("--predict", data / "single.test.jsonl", "--classifier", ours / "seed-1" / "classifier",
+                       "--device", "cpu")
     answers = [json.loads(line)["label"] for line in out.splitlines()]
     said = json.loads((ours / "seed-1" / "predictions.json").read_text())
     assert code == 0 and answers == [("no", "yes")[number] for number in said["predicted"]]

@@ -11,7 +11,15 @@ from tiny_folder import documents
 
 from megatron_ttl.errors import CheckpointError, ConfigError
 from megatron_ttl.finetune.backbone import Encoded
-from megatron_ttl.finetune.classifier import all_logits, collate, computing_in, epoch_batches, load_classifier, open_backbone, predict
+from megatron_ttl.finetune.classifier import (
+    all_logits,
+    collate,
+    computing_in,
+    epoch_batches,
+    load_classifier,
+    open_backbone,
+    predict,
+)
 from megatron_ttl.finetune.llama_classifier import cut_to_fit
 
 CPU = torch.device("cpu")
@@ -63,9 +71,11 @@ def test_the_folder_is_read_again_by_us_and_by_transformers(model_folder, tmp_pa
 
 def test_pretrained_weights_are_kept_and_untrained_ones_drawn(model_folder):
     backbone = open_backbone(model_folder, SINGLE)
-    state = [backbone.build(seed, untrained, CPU).state_dict() for seed, untrained in ((0, False), (1, False), (0, True), (1, True))]
+    state = [backbone.build(seed, untrained, CPU).state_dict()
+             for seed, untrained in ((0, False), (1, False), (0, True), (1, True))]
     name = "layers.1.mlp.down_proj.weight"
-    assert torch.equal(state[0][name], state[1][name]) and not torch.equal(state[0]["score.weight"], state[1]["score.weight"])
+    assert torch.equal(state[0][name], state[1][name])
+    assert not torch.equal(state[0]["score.weight"], state[1]["score.weight"])
     assert not torch.equal(state[2][name], state[0][name]) and not torch.equal(state[2][name], state[3][name])
     assert torch.equal(state[0]["score.weight"], state[2]["score.weight"])
 
@@ -75,8 +85,9 @@ def test_pairs_are_joined_and_cut_at_their_ends(model_folder):
     tokenizer = backbone._tokenizer
     short, long = backbone.encode([("o rio", "a cidade"), ("o rio", documents(1)[0] * 9)])
     separator = tokenizer.encode("\n")
-    assert short == Encoded([tokenizer.bos_id, *tokenizer.encode("o rio"), *separator, *tokenizer.encode("a cidade")], [], False)
-    assert long.cut and len(long.ids) == 16 and long.ids[: len(tokenizer.encode("o rio")) + 1] == [1, *tokenizer.encode("o rio")]
+    first = [tokenizer.bos_id, *tokenizer.encode("o rio"), *separator]
+    assert short == Encoded([*first, *tokenizer.encode("a cidade")], [], False)
+    assert long.cut and len(long.ids) == 16 and long.ids[: len(first)] == first
 
 
 def test_a_separator_must_leave_room_for_texts(model_folder):

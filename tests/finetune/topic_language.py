@@ -51,7 +51,8 @@ def write_reader(folder: Path, steps: int = 150) -> Path:
     model = build_model(config, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(steps):
-        ids = [[tokenizer.bos_id, *row][:_LENGTH + 1] for row in tokenizer.encode_batch([_document(number % 2, draw) for number in range(32)])]
+        documents = tokenizer.encode_batch([_document(number % 2, draw) for number in range(32)])
+        ids = [[tokenizer.bos_id, *row][:_LENGTH + 1] for row in documents]
         batch = torch.tensor([row + [tokenizer.eos_id] * (_LENGTH + 1 - len(row)) for row in ids])
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
