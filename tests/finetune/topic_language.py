@@ -41,7 +41,7 @@ def labelled(count: int, seed: int, familiar: bool) -> list[dict[str, Any]]:
     return [{"text": _document(number % 2, draw, words), "label": number % 2} for number in range(count)]
 
 
-def write_reader(folder: Path, steps: int = 150) -> Path:
+def write_reader(folder: Path, steps: int = 80) -> Path:
     """Train a small model on documents for a few seconds, and write its folder."""
     draw = random.Random(0)
     train_tokenizer([_document(number % 2, draw) for number in range(400)], folder, 400, character_coverage=1.0)
