@@ -226,15 +226,16 @@ def _test_faults(outputs: Sequence[str | os.PathLike[str]], results: Sequence[di
 
 
 def _training_of(result: dict[str, Any]) -> dict[str, Any]:
-    """Return what two models of one table should have in common; how they read texts is their own."""
-    pooling = {"pooling": "mean"} if result["pooling"] == "mean" else {}
+    """Return what two models of one table should have in common; how they read texts is their own, and what an encoder pools."""
+    pooling = {"pooling": result["pooling"]} if result["pooling"] != "[CLS]" else {}
     return {**result["training"], "validation": result["validation"], "split_seed": result["split_seed"], **pooling}
 
 
 def _most_frequent(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the value of each hyper-parameter that most results have."""
     every = [_training_of(result) for result in results]
-    return {key: Counter(row[key] for row in every).most_common(1)[0][0] for key in every[0] if key != "pooling"}
+    return {key: Counter(row[key] for row in every if key in row).most_common(1)[0][0]
+            for key in {key: None for row in every for key in row}}
 
 
 def _label(result: dict[str, Any]) -> str:

@@ -191,8 +191,10 @@ def test_an_average_stands_in_complete_rows_alone(data, model_folder, tmp_path):
     result["task"]["name"] = "another"
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "result.json").write_text(json.dumps(result))
-    header, table = comparison_table([tmp_path / name for name in "abc"])
+    fine_tune(small_request(data, model_folder, tmp_path / "d", seeds=1, epochs=1, pooling="mean"))
+    header, table = comparison_table([tmp_path / name for name in "abcd"])
     assert header == ["", "single", "another", "average"]
+    assert [row[0] for row in table] == ["tiny", "tiny, untrained", 'tiny (pooling "mean")', "majority class"]
     assert table[0][3] is not None and table[1][2:] == [None, None]
 
 
