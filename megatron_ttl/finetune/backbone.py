@@ -14,6 +14,7 @@ from torch import nn
 from megatron_ttl.checkpoint.bounded_json import read_json_object
 from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.errors import CheckpointError
+from megatron_ttl.evaluate.records import ScoredModel
 from megatron_ttl.files import checksum, checksum_bytes
 from megatron_ttl.finetune.tasks import ClassificationTask
 
@@ -37,11 +38,8 @@ class Encoded:
 class Backbone(Protocol):
     """A pretrained model that can become a classifier."""
 
-    name: str
-    checksum: str
-    """Of its weights."""
-    parameters: int
-    """Without a head."""
+    scored: ScoredModel
+    """Which weights it has."""
     pad_id: int
 
     def encode(self, texts: Sequence[tuple[str, ...]]) -> list[Encoded]:
@@ -50,6 +48,8 @@ class Backbone(Protocol):
 
     def build(self, seed: int, untrained: bool, device: torch.device) -> nn.Module:
         """Return (ids [b, s], real [b, s], kinds [b, s]) -> logits [b, classes], its head drawn from a seed.
+
+        Where it has dropout, that goes on from the same seed: whoever trains it needs no other.
 
         Args:
             seed: of the head, and of all weights if untrained.
@@ -109,10 +109,11 @@ def read_record(folder: Path) -> ClassifierRecord:
                               f"{CURE}") from None
 
 
-def folder_checksum(folder: Path) -> str:
-    """Return a checksum of all safetensors of a model folder, of their names and contents."""
+def describe(folder: Path, parameters: int) -> ScoredModel:
+    """Describe a model folder by its name and a checksum of its safetensors, of their names and contents."""
     files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
-    return checksum_bytes("\n".join(f"{path.name} {checksum(path)}" for path in files).encode())
+    digest = checksum_bytes("\n".join(f"{path.name} {checksum(path)}" for path in files).encode())
+    return ScoredModel(name=folder.resolve().name, checksum=digest, parameters=parameters)
 
 
 def settings_of(record: ClassifierRecord) -> dict[str, Any]:

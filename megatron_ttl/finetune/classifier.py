@@ -37,8 +37,8 @@ def open_backbone(folder: str | os.PathLike[str], task: ClassificationTask, max_
     """
     directory = Path(folder)
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory}: has no config.json; it must be a model folder, as tools/convert_to_hf.py writes it, "
-                              "or an encoder's; correct --model")
+        raise CheckpointError(f"{directory}: has no config.json; it must be a model folder, as tools/convert_to_hf.py "
+                              "writes it, or an encoder's; correct --model")
     if read_json_object(directory / "config.json", follow_links=True).get("model_type") == "llama":
         return LlamaBackbone(directory, task, max_tokens, pooling)
     return EncoderBackbone(directory, task, max_tokens)

@@ -16,7 +16,7 @@ from megatron_ttl.checkpoint.bounded_json import read_json_object
 from megatron_ttl.checkpoint.tensor_file import open_tensors
 from megatron_ttl.errors import CheckpointError, ConfigError, raise_faults
 from megatron_ttl.files import write_json
-from megatron_ttl.finetune.backbone import RECORD, Classifier, ClassifierRecord, Encoded, folder_checksum
+from megatron_ttl.finetune.backbone import RECORD, Classifier, ClassifierRecord, Encoded, describe
 from megatron_ttl.finetune.tasks import ClassificationTask
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -57,12 +57,10 @@ class EncoderBackbone:
         raise_faults(CheckpointError, _folder_faults(self._folder))
         self._tokenizer, limit = _open_tokenizer(self._folder)
         self._config = _config(self._folder, task)
-        self.name, self.checksum = self._folder.resolve().name, folder_checksum(self._folder)
+        self.scored = describe(self._folder, sum(weight.numel() for weight in self._load(False).base_model.parameters()))
         self.pad_id = self._tokenizer.pad_token_id
-        self.record = ClassifierRecord(family="encoder", base=self.name, base_checksum=self.checksum, task=task,
-                                       max_tokens=min(max_tokens or limit, limit, _positions(self._config)))
-        model = self._load(untrained=False)
-        self.parameters = sum(parameter.numel() for parameter in model.base_model.parameters())
+        self.record = ClassifierRecord(family="encoder", base=self.scored.name, base_checksum=self.scored.checksum,
+                                       task=task, max_tokens=min(max_tokens or limit, limit, _positions(self._config)))
 
     def encode(self, texts: Sequence[tuple[str, ...]]) -> list[Encoded]:
         """Return the ids of texts, or of pairs, with the tokenizer's own [CLS] and [SEP]."""
@@ -144,8 +142,8 @@ def _or_checkpoint_error(folder: Path, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
         said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder}: transformers cannot read its {what} ({said}); it must be an encoder's folder; get it "
-                              "again, or use another one") from None
+        raise CheckpointError(f"{folder}: transformers cannot read its {what} ({said}); it must be an encoder's folder; "
+                              "get it again, or use another one") from None
 
 
 def _open_tokenizer(folder: Path) -> tuple[Any, int]:

@@ -86,7 +86,7 @@ def fine_tune(request: Request) -> dict[str, Any]:
     _claim(output, settings)
     if (output / RESULT).is_file():
         return read_json_object(output / RESULT)
-    require_free_space(output, (request.seeds + 1) * 4 * backbone.parameters, "one classifier per seed")
+    require_free_space(output, (request.seeds + 1) * 4 * backbone.scored.parameters, "one classifier per seed")
     test = TestSplit(files.test, task, [f"seed {seed}" for seed in range(request.seeds)])
     encoded = [LabelledTexts(backbone.encode([row.texts for row in part]), [row.label for row in part])
                for part in (train, validation)]
@@ -99,8 +99,10 @@ def fine_tune(request: Request) -> dict[str, Any]:
 
 def _request_faults(request: Request) -> Iterator[str]:
     training = request.training
-    for option, value, lowest in (("--seeds", request.seeds, 1), ("--epochs", training.epochs, 1), ("--batch", training.batch, 1),
-                                  ("--max-tokens", request.max_tokens or _FEWEST_TOKENS, _FEWEST_TOKENS)):
+    for option, value, lowest in (("--seeds", request.seeds, 1), ("--epochs", training.epochs, 1),
+                                  ("--batch", training.batch, 1),
+                                  ("--max-tokens", _FEWEST_TOKENS if request.max_tokens is None else request.max_tokens,
+                                   _FEWEST_TOKENS)):
         if value < lowest:
             yield f"{option}: is {value}; it must be at least {lowest}; leave it out for the usual value"
     for option, share in (("--learning-rate", training.learning_rate), ("--epsilon", training.epsilon)):
@@ -122,8 +124,7 @@ def _request_faults(request: Request) -> Iterator[str]:
 def _settings(request: Request, task: ClassificationTask, files: TaskFiles, rows: Sequence[Row],
               backbone: Backbone) -> dict[str, Any]:
     """Return all that decides what is learnt; a change of it is another experiment."""
-    return {"task": task.model_dump(mode="json"),
-            "model": {"name": backbone.name, "checksum": backbone.checksum, "parameters": backbone.parameters},
+    return {"task": task.model_dump(mode="json"), "model": backbone.scored.model_dump(mode="json"),
             "untrained": request.untrained, "seed_count": request.seeds, "split_seed": request.split_seed,
             "validation": request.validation, "training": asdict(request.training), **settings_of(backbone.record),
             "data": {"origin": files.origin, "sample": files.sample, "train_checksum": rows_checksum(rows)}}

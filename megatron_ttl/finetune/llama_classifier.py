@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from megatron_ttl.checkpoint.hf_config import hf_config
 from megatron_ttl.checkpoint.names import hf_names, hf_shapes, join_from_hf, packed_names, split_to_hf
 from megatron_ttl.checkpoint.tensor_file import open_tensors, write_tensors
-from megatron_ttl.errors import CheckpointError, raise_faults
+from megatron_ttl.errors import CheckpointError, ConfigError, raise_faults
 from megatron_ttl.files import write_json
-from megatron_ttl.finetune.backbone import CURE, RECORD, Classifier, ClassifierRecord, Encoded, Pooling, folder_checksum
+from megatron_ttl.finetune.backbone import CURE, RECORD, Classifier, ClassifierRecord, Encoded, Pooling, describe
 from megatron_ttl.finetune.tasks import ClassificationTask
 from megatron_ttl.generate.open_folder import open_model_folder
 from megatron_ttl.model.llama import build_model
@@ -25,6 +25,7 @@ from megatron_ttl.tokenizer.tokenizer import Tokenizer
 WEIGHTS = "model.safetensors"
 _HEAD = "score.weight"
 _HEAD_STD = 0.02
+_FEWEST_TOKENS = 4
 
 
 class LlamaClassifier(nn.Module):
@@ -79,14 +80,18 @@ class LlamaBackbone:
             UserError: the folder or a file in it is missing or wrong.
         """
         opened = open_model_folder(folder, "cpu")
-        self.name, self.checksum = opened.directory.resolve().name, folder_checksum(opened.directory)
+        self.scored = describe(opened.directory, sum(parameter.numel() for parameter in opened.model.parameters()))
         self._model, self._tokenizer = opened.model, opened.tokenizer
-        self.parameters = sum(parameter.numel() for parameter in opened.model[:-1].parameters()) + opened.config.hidden_size
         self.pad_id = opened.tokenizer.pad_id
         longest = opened.config.max_position_embeddings
         self.record = ClassifierRecord(
-            family="llama", base=self.name, base_checksum=self.checksum, task=task, pooling=pooling,
+            family="llama", base=self.scored.name, base_checksum=self.scored.checksum, task=task, pooling=pooling,
             max_tokens=min(max_tokens or longest, longest), add_bos=opened.add_bos, model=opened.config)
+        between = len(opened.tokenizer.encode(task.separator)) if len(task.texts) == 2 else 0
+        if self.record.max_tokens - between < _FEWEST_TOKENS:
+            raise ConfigError(f"task {task.name!r}: its separator takes {between} of {self.record.max_tokens} tokens; at "
+                              f"least {_FEWEST_TOKENS} must be left for the texts; choose a shorter one, or more "
+                              "--max-tokens")
 
     def encode(self, texts: Sequence[tuple[str, ...]]) -> list[Encoded]:
         """Return the ids of texts, or of pairs of texts."""

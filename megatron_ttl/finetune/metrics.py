@@ -46,7 +46,8 @@ def measure(targets: Sequence[int], predicted: Sequence[int], names: Sequence[st
         classes[name] = {"rows": rows, "predicted": said, "right": hits, "precision": hits / said if said else None,
                          "recall": hits / rows if rows else None, "f1": 2 * hits / (rows + said) if rows + said else None}
     return {"n": n, "accuracy": share, "accuracy_stderr": math.sqrt(share * (1 - share) / n),
-            "f1_macro": float(f1_macro(counts)), "f1_macro_stderr": float(f1_macro(resamples).std(ddof=1)), "classes": classes}
+            "f1_macro": float(f1_macro(counts)), "f1_macro_stderr": float(f1_macro(resamples).std(ddof=1)),
+            "classes": classes}
 
 
 def majority(train_targets: Sequence[int], targets: Sequence[int], names: Sequence[str]) -> dict[str, Any]:

@@ -122,8 +122,8 @@ def print_report(result: dict[str, Any]) -> None:
     print_table(("", "best epoch", *parts), table, title=f"{_label(result)} on {_task_label(result)}, %")
     stderr = 100 * result["seeds"][0]["test"]["accuracy_stderr"]
     print(f"{rows['train']:,} rows to learn from, {rows['validation']:,} to choose the epoch, {rows['test']:,} to judge "
-          f"(standard error of one accuracy {stderr:.1f}); {rows['repeated']} repeated, {rows['contradictory']} contradictory "
-          f"and {rows['test_rows_seen_in_training']} test rows seen in training left out; "
+          f"(standard error of one accuracy {stderr:.1f}); {rows['repeated']} repeated, {rows['contradictory']} "
+          f"contradictory and {rows['test_rows_seen_in_training']} test rows seen in training left out; "
           f"{rows['cut_train'] + rows['cut_validation'] + rows['cut_test']} texts cut at {result['max_tokens']} tokens")
 
 
@@ -139,8 +139,8 @@ def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> li
     results = [read_result(output) for output in (first, second)]
     checksums = [result["data"]["test_checksum"] for result in results]
     if checksums[0] != checksums[1]:
-        raise DataError(f"{first}, {second}: were judged on other test rows ({checksums[0]}, {checksums[1]}); McNemar's test "
-                        "needs the same; fine-tune both on the same data, with the same --split-seed")
+        raise DataError(f"{first}, {second}: were judged on other test rows ({checksums[0]}, {checksums[1]}); McNemar's "
+                        "test needs the same; fine-tune both on the same data, with the same --split-seed")
     seeds = sorted(set.intersection(*({row["seed"] for row in result["seeds"]} for result in results)))
     said = [{seed: _predictions(output, seed, checksums[0]) for seed in [row["seed"] for row in result["seeds"]]}
             for output, result in zip((first, second), results, strict=True)]
@@ -172,11 +172,13 @@ def print_comparison(rows: Sequence[dict[str, Any]], other: str) -> None:
     """Print what `compare` found."""
     print_table(("", "accuracy", "other", "only this right", "only other right", "p"),
                 [[f"seed {row['seed']}" if row["seed"] != "vote" else "vote of seeds", 100 * row["accuracy"],
-                  100 * row["other_accuracy"], row["only_this_right"], row["only_other_right"], row["p_value"]] for row in rows],
+                  100 * row["other_accuracy"], row["only_this_right"], row["only_other_right"], row["p_value"]]
+                 for row in rows],
                 title=f"McNemar's exact test against {other}")
 
 
-def comparison_table(outputs: Sequence[str | os.PathLike[str]], metric: str = "accuracy") -> tuple[list[str], list[list[Any]]]:
+def comparison_table(outputs: Sequence[str | os.PathLike[str]], 
+                     metric: str = "accuracy") -> tuple[list[str], list[list[Any]]]:
     """Put results side by side as the paper's Table 5 does: models by tasks, and an average where a row is complete.
 
     Results whose hyper-parameters are not those of most say so behind the model's name: they are rows of their own.
@@ -218,21 +220,22 @@ def _test_faults(outputs: Sequence[str | os.PathLike[str]], results: Sequence[di
         task, checksum = result["task"]["name"], result["data"]["test_checksum"]
         other, wanted = first.setdefault(task, (output, checksum))
         if checksum != wanted:
-            faults.append(f"{output}: was judged on other rows of {task} than {other} ({checksum}, {wanted}); figures in one "
-                          "column must be about the same rows; leave one of them out")
+            faults.append(f"{output}: was judged on other rows of {task} than {other} ({checksum}, {wanted}); figures in "
+                          "one column must be about the same rows; leave one of them out")
     return faults
 
 
 def _training_of(result: dict[str, Any]) -> dict[str, Any]:
-    """Return what two models of one table should have in common; how they read texts is their own."""
-    pooling = {"pooling": "mean"} if result["pooling"] == "mean" else {}
+    """Return what two models of one table should have in common; how they read texts is their own, and what an encoder pools."""
+    pooling = {"pooling": result["pooling"]} if result["pooling"] != "[CLS]" else {}
     return {**result["training"], "validation": result["validation"], "split_seed": result["split_seed"], **pooling}
 
 
 def _most_frequent(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the value of each hyper-parameter that most results have."""
     every = [_training_of(result) for result in results]
-    return {key: Counter(row[key] for row in every).most_common(1)[0][0] for key in every[0] if key != "pooling"}
+    return {key: Counter(row[key] for row in every if key in row).most_common(1)[0][0]
+            for key in {key: None for row in every for key in row}}
 
 
 def _label(result: dict[str, Any]) -> str:

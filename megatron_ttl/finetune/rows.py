@@ -125,10 +125,13 @@ def without_repeats(rows: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
     labels: dict[str, set[int]] = {}
     for row in rows:
         labels.setdefault(row.key, set()).add(row.label)
-    kept = {row.key: row for row in reversed(rows) if len(labels[row.key]) == 1}
+    kept: dict[str, Row] = {}
+    for row in rows:
+        if len(labels[row.key]) == 1:
+            kept.setdefault(row.key, row)
     contradictory = sum(len(labels[row.key]) > 1 for row in rows)
     counts = {"repeated": len(rows) - contradictory - len(kept), "contradictory": contradictory}
-    return list(reversed(kept.values())), counts
+    return list(kept.values()), counts
 
 
 def cut(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -45,15 +45,15 @@ def find_files(task: ClassificationTask, folder: str | os.PathLike[str]) -> tupl
             return train, test, False
         if train or test:
             there, missing = (train, "test") if train else (test, "train")
-            raise DataError(f"{there}: stands alone; {name}.{missing}.jsonl must be beside it; put it there, or all rows into "
-                            f"{name}.jsonl, which is then split")
+            raise DataError(f"{there}: stands alone; {name}.{missing}.jsonl must be beside it; put it there, or all rows "
+                            f"into {name}.jsonl, which is then split")
     for suffix in (".jsonl", ".sample.jsonl"):
         for name in task.files:
             if found := _first(folder, f"{name}{suffix}"):
                 return found, None, suffix == ".sample.jsonl"
     wanted = ", ".join(f"{name}.train.jsonl with {name}.test.jsonl, or {name}.jsonl" for name in task.files)
-    raise DataError(f"{folder}: has no data of {task.name}; it must have {wanted}, or a .sample.jsonl (each also packed, .gz or "
-                    ".zst); correct --data")
+    raise DataError(f"{folder}: has no data of {task.name}; it must have {wanted}, or a .sample.jsonl (each also packed, "
+                    ".gz or .zst); correct --data")
 
 
 def _first(folder: Path, name: str) -> Path | None:
@@ -78,8 +78,8 @@ def prepare_files(task: ClassificationTask, folder: str | os.PathLike[str], outp
     if parts.is_dir():
         split = read_json_object(parts / "split.json")
         if any(split.get(key) != value for key, value in asked.items()):
-            raise DataError(f"{parts}: was cut from another file, or in another way; the test rows of an output must stay the "
-                            "same; choose another --output")
+            raise DataError(f"{parts}: was cut from another file, or in another way; the test rows of an output must stay "
+                            "the same; choose another --output")
     else:
         kept, left_out = without_repeats(read_rows(train, task))
         train_rows, test_rows = cut(kept, fraction, seed)

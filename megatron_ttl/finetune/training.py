@@ -17,7 +17,6 @@ from megatron_ttl.files import atomic_directory, or_disk_error
 from megatron_ttl.finetune.backbone import Backbone, Encoded
 from megatron_ttl.finetune.classifier import all_logits, collate, computing_in, epoch_batches
 from megatron_ttl.finetune.metrics import measure
-from megatron_ttl.runtime import seed_everything
 
 CLASSIFIER = "classifier"
 """Folder of a seed's best classifier."""
@@ -78,7 +77,6 @@ def train_seed(backbone: Backbone, train: LabelledTexts, validation: LabelledTex
         UserError: the loss is no number.
         DiskError: the classifier cannot be written.
     """
-    seed_everything(seed)
     module = backbone.build(seed, untrained, device).train()
     optimizer = build_optimizer(module, settings)
     steps = settings.epochs * math.ceil(len(train.labels) / settings.batch)
