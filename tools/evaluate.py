@@ -22,7 +22,8 @@ def main() -> None:
         from megatron_ttl.evaluate.show_results import show_perplexity
 
         show_perplexity(perplexity_report(args.model, args.perplexity, args.batch or 8, args.max_tokens,
-                                          args.sequence_length, args.device, args.dtype, args.document_mask), args.json)
+                                          args.sequence_length, args.device, args.dtype, args.document_mask,
+                                          args.stride), args.json)
     else:
         from functools import partial
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _OF_TASKS = ("shots", "limit", "hub", "scores", "again", "contamination", "seed")
-_OF_PERPLEXITY = ("max_tokens", "sequence_length", "document_mask")
+_OF_PERPLEXITY = ("max_tokens", "sequence_length", "stride", "document_mask")
 _EXAMPLES = """examples:
   python tools/evaluate.py --list --data tasks
   python tools/evaluate.py --model models/x --tasks arc_pt,hellaswag_pt --data tasks
@@ -49,6 +49,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     text.add_argument("--max-tokens", type=int, help="read at most so many of each dataset (default: all)")
     text.add_argument("--sequence-length", type=int,
                       help="tokens per window (default: as many as the model has positions)")
+    text.add_argument("--stride", type=int, metavar="N",
+                      help="let windows overlap, each N tokens behind the one before it (default: side by side)")
     text.add_argument("--document-mask", action="store_true",
                       help="keep documents apart, as a run with data.document_mask does")
     found.add_argument("--batch", type=int, help="sequences at once (default: 8 windows, 32 for tasks)")

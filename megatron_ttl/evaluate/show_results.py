@@ -75,6 +75,10 @@ def show_perplexity(result: dict[str, Any], as_json: bool) -> None:
     columns = ("nats_per_token", "perplexity", "bits_per_byte", "tokens", "bytes", "windows", "complete")
     rows = result["prefixes"] + ([result["total"]] if len(result["prefixes"]) > 1 else [])
     header = ("dataset", *(column.replace("_", " ") for column in columns))
-    print_table(header, [[row["prefix"], *map(row.get, columns)] for row in rows], title=result["model"])
+    cells = []
+    for row in rows:
+        cells.append([row["prefix"], *map(row.get, columns)])
+        cells += [[f"  {source['source']}", *map(source.get, columns)] for source in row.get("sources", [])]
+    print_table(header, cells, title=result["model"])
     print(f"windows of {result['context_tokens']} tokens, {result['windowing']}; {result['dtype']} on "
           f"{result['device']}, {result['tokens_per_s']:,.0f} tokens/s")
