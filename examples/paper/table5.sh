@@ -12,7 +12,7 @@ if have_models && have_data tools/finetune.py; then
             output="$OUT/table5/$task/$(basename "$model")"
             attempt python tools/finetune.py --task "$task" --model "$model" --data "$DATA" \
                 --seeds "${SEEDS:-3}" --output "$output"
-            if [ -e "$output" ]; then outputs+=("$output"); fi
+            if [ -e "$output/result.json" ]; then outputs+=("$output"); fi
         done
     done
     if [ ${#outputs[@]} -gt 0 ]; then attempt python tools/finetune.py --table "${outputs[@]}"; fi

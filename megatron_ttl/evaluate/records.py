@@ -37,7 +37,7 @@ class ScoredModel(BaseModel):
     name: str
     """Name of the model folder or the run, without its place."""
     checksum: str
-    """Of the weights: of the files' own checksums, or the checkpoint's manifest."""
+    """Of the weights in fp32 by name: the same for a checkpoint of any layout and for its fp32 export."""
     parameters: int
     run: str | None = None
     step: int | None = None

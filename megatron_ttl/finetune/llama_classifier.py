@@ -15,7 +15,8 @@ from megatron_ttl.checkpoint.names import hf_names, hf_shapes, join_from_hf, pac
 from megatron_ttl.checkpoint.tensor_file import open_tensors, write_tensors
 from megatron_ttl.errors import CheckpointError, ConfigError, raise_faults
 from megatron_ttl.files import write_json
-from megatron_ttl.finetune.backbone import CURE, RECORD, Classifier, ClassifierRecord, Encoded, Pooling, describe
+from megatron_ttl.evaluate.scored_model import describe_folder
+from megatron_ttl.finetune.backbone import CURE, RECORD, Classifier, ClassifierRecord, Encoded, Pooling
 from megatron_ttl.finetune.tasks import ClassificationTask
 from megatron_ttl.generate.open_folder import open_model_folder
 from megatron_ttl.model.llama import build_model
@@ -80,7 +81,7 @@ class LlamaBackbone:
             UserError: the folder or a file in it is missing or wrong.
         """
         opened = open_model_folder(folder, "cpu")
-        self.scored = describe(opened.directory, sum(parameter.numel() for parameter in opened.model.parameters()))
+        self.scored = describe_folder(opened.directory, opened.config)
         self._model, self._tokenizer = opened.model, opened.tokenizer
         self.pad_id = opened.tokenizer.pad_id
         longest = opened.config.max_position_embeddings

@@ -12,7 +12,6 @@ from megatron_ttl.evaluate.bench_scoring import bench_scoring
 
 def test_figures_of_every_set(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of 48 positions takes questions of a few words."""
-    pytest.importorskip("accelerate", reason="lm-eval's backend for Hugging Face models imports it")
     from megatron_ttl.evaluate import bench_scoring as module
 
     monkeypatch.setattr(module, "_QUESTION", 3)

@@ -31,7 +31,7 @@ for place in "${!arguments[@]}"; do
     case "$1 ${arguments[place]}" in
         "tools/evaluate.py --model" | "tools/evaluate.py --run")
             for task in $SCORED; do echo "{\\"task\\": \\"$task\\"}" >> "$next/scores.jsonl"; done;;
-        "tools/finetune.py --output") mkdir -p "$next";;
+        "tools/finetune.py --output") mkdir -p "$next" && touch "$next/result.json";;
     esac
 done
 """
@@ -121,8 +121,6 @@ def test_the_tasks_of_those_tables_are_the_groups_of_the_packs(repository, scrip
     groups = {}
     for path in (repository / "megatron_ttl/evaluate/packs").glob("*/groups.yaml"):
         groups |= yaml.safe_load(path.read_text())
-    if group not in groups:
-        pytest.skip(f"no pack has the group {group}")
     assert TASKS[script].split() == groups[group]
 
 
