@@ -57,6 +57,19 @@ def test_the_walk_works(repository, folder):
     assert re.search(r"perplexity", outputs[walk[-2]].stdout)
 
 
+def test_the_evaluation_works(repository, folder):
+    """What the walk has left is scored, shown in a table and drawn."""
+    outputs = [run(line, folder).stdout for line in commands(repository, "Evaluation")]
+    assert "agreement_pt" in outputs[0] and "arc_pt_ttl" in outputs[0]
+    scores = [json.loads(line) for line in (folder / "models/debug/scores.jsonl").read_text().splitlines()]
+    assert {score["task"] for score in scores} == {"agreement_pt", "cloze_pt", "continuation_pt"}
+    assert all(score["n"] == 20 and score["model"]["tokens"] for score in scores)
+    steps = [json.loads(line)["model"]["step"] for line in (folder / "runs/debug/scores.jsonl").read_text().splitlines()]
+    assert len(set(steps)) >= 2, "every checkpoint"
+    assert "average" in outputs[3]
+    assert (folder / "report/debug/report.html").is_file()
+
+
 def test_the_same_numbers_from_every_launcher(repository, folder):
     """plain python, torchrun and deepspeed: the same losses, digit for digit."""
     options = ("pretrain_ttl.py --deepspeed_config configs/cpu.json --config configs/debug.toml train.steps=5 "
