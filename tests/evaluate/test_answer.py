@@ -129,6 +129,10 @@ def test_greedy_answers_are_lm_evals(opened: OpenModel, theirs: Any) -> None:
     assert [ours[number] for number in readable] == [expected[number] for number in readable]
     assert answerer.truncated == 1
     assert ModelAnswerer(opened, 1).generate(requests) == ours
+    pairs = [(one.context, text) for one, text in zip(requests, ours, strict=True) if text.strip()]
+    scored = answerer.loglikelihood(requests_of(pairs))
+    largest_difference(scored, theirs.loglikelihood(asked(pairs), disable_tqdm=True))
+    assert sum(greedy for _, greedy in scored) > len(pairs) / 2, "what greedy decoding says is greedy"
 
 
 # --- what lm-eval leaves open ---
