@@ -66,5 +66,7 @@ score_table() {
     for task in "$@"; do
         if grep -qs "\"task\": \"$task\"" "${scored[@]/%//scores.jsonl}"; then known+=("$task"); fi
     done
-    if [ ${#known[@]} -gt 0 ]; then attempt python tools/scores.py "${scored[@]}" --tasks "${known[@]}" --format markdown; fi
+    if [ ${#known[@]} -gt 0 ]; then
+        attempt python tools/scores.py "${scored[@]}" --tasks "$(IFS=,; printf %s "${known[*]}")" --format markdown
+    fi
 }

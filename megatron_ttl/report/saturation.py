@@ -12,6 +12,8 @@ from megatron_ttl.report.runs import Run, is_number
 
 LATTER_PART = 0.5
 CONFIDENCE = 0.95
+FLAT = 0.1
+"""Nats per decade: where ten times the tokens can lower the loss by no more than this, a run is called saturated."""
 _FEWEST = 3  # points: with two there is a line, and nothing that tells how far off it is
 ENERGY_HEADER = ("tokens", "loss", "perplexity", "kWh", "kg CO2e", "perplexity gained", "kWh spent", "kWh per 0.01 nat")
 
@@ -73,7 +75,9 @@ class Slope:
         """What the interval allows to say."""
         if self.high < 0:
             return "not saturated"
-        return "saturated at the noise level" if self.low <= 0 else "not saturated but rising: the model gets worse"
+        if self.low > 0:
+            return "not saturated but rising: the model gets worse"
+        return "saturated at the noise level" if self.low >= -FLAT else "not to be told from so few or so noisy points"
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def test_the_tables_of_scores(full):
         *asked, table, published = calls
         assert asked == [f"tools/evaluate.py --model models/{name} --tasks {task} --data tasks" for name in "ab"
                          for task in tasks.split()]
-        assert table == f"tools/scores.py models/a models/b --tasks {tasks} --format markdown"
+        assert table == f"tools/scores.py models/a models/b --tasks {tasks.replace(chr(32), chr(44))} --format markdown"
         assert (published, said) == (f"tools/report.py --published {SCRIPTS[script]}", "")
     calls, _ = full.run("table4", 0, MODEL="models/b", DATA="data", LIMIT="10")
     assert calls[0] == "tools/evaluate.py --model models/b --tasks arc_pt_ttl --data data --limit 10"
@@ -126,7 +126,7 @@ def test_the_tasks_of_those_tables_are_the_groups_of_the_packs(repository, scrip
 
 def test_a_table_has_the_tasks_that_there_are(full):
     calls, _ = full.run("table4", 0, SCORED="arc_pt_ttl mmlu_pt_ttl")
-    assert calls[-2] == "tools/scores.py models/a models/b --tasks arc_pt_ttl mmlu_pt_ttl --format markdown"
+    assert calls[-2] == "tools/scores.py models/a models/b --tasks arc_pt_ttl,mmlu_pt_ttl --format markdown"
 
 
 def test_one_model_that_fails_does_not_keep_the_others(full):

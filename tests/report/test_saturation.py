@@ -53,9 +53,16 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(per_decade):
 @pytest.mark.parametrize("per_decade, verdict", [(0.0, "saturated at the noise level"), (-0.5, "not saturated"),
                                                  (0.5, "not saturated but rising: the model gets worse")])
 def test_the_verdict(per_decade, verdict):
-    found = saturation(points(lambda tokens: 3 + per_decade * math.log10(tokens), 1, 0.01))
+    found = saturation(points(lambda tokens: 3 + per_decade * math.log10(tokens), 1, 0.005))
     assert found.slope.verdict == verdict
     assert next(sentences(found)).startswith(f"{verdict}: ")
+
+
+def test_points_that_could_still_fall_are_not_called_saturated():
+    """Three points of a run that learns: the interval holds 0, and steep falls too."""
+    found = saturation([Point(8.2e5, 2.052), Point(1.23e6, 1.350), Point(1.64e6, 1.171)], 0.99)
+    assert found.slope.low < -1 < 0 < found.slope.high
+    assert found.slope.verdict == "not to be told from so few or so noisy points"
 
 
 def test_energy_that_buys_nothing_or_was_not_measured_has_no_price():
