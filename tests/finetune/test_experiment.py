@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from labelled_files import rows_of, small_request, write_rows, write_task
 
-from megatron_ttl.errors import CheckpointError, ConfigError, DataError
+from megatron_ttl.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_ttl.finetune import experiment
 from megatron_ttl.finetune.classifier import all_logits, load_classifier
 from megatron_ttl.finetune.experiment import fine_tune
@@ -200,11 +200,13 @@ def test_an_average_stands_in_complete_rows_alone(data, model_folder, tmp_path):
 
 def test_all_faulty_settings_are_told(data, model_folder, tmp_path):
     training = HyperParameters(epochs=0, batch=0, learning_rate=2, clip=0, warmup=1)
-    with pytest.raises(ConfigError) as caught:
-        fine_tune(small_request(data, model_folder, tmp_path / "x", seeds=0, training=training, validation=0.9,
-                                max_tokens=3))
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(UserError) as caught:
+        fine_tune(small_request(nowhere, nowhere, tmp_path / "x", seeds=0, training=training, validation=0.9,
+                                max_tokens=3, device="gpu"))
     assert [fault.partition(":")[0] for fault in caught.value.faults] == [
-        "--seeds", "--epochs", "--batch", "--max-tokens", "--learning-rate", "--clip", "--validation", "--warmup"]
+        "--seeds", "--epochs", "--batch", "--max-tokens", "--learning-rate", "--clip", "--validation", "--warmup",
+        "device", str(nowhere), "--model"]
     write_rows(data / "single.train.jsonl", rows_of(40)[::2])
     with pytest.raises(DataError, match="has no row of 'yes'; every class must have one"):
         fine_tune(small_request(data, model_folder, tmp_path / "x"))
