@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 import os
 import random
 import sys
@@ -200,13 +201,13 @@ def test_an_average_stands_in_complete_rows_alone(data, model_folder, tmp_path):
 
 def test_all_faulty_settings_are_told(data, model_folder, tmp_path):
     training = HyperParameters(epochs=0, batch=0, learning_rate=2, clip=0, warmup=1)
-    nowhere = tmp_path / "nowhere"
+    wrong = small_request(data, model_folder, tmp_path / "x", seeds=0, training=training, validation=0.9, max_tokens=3)
+    nowhere = str(tmp_path / "nowhere")
     with pytest.raises(UserError) as caught:
-        fine_tune(small_request(nowhere, nowhere, tmp_path / "x", seeds=0, training=training, validation=0.9,
-                                max_tokens=3, device="gpu"))
+        fine_tune(replace(wrong, data=nowhere, model=nowhere, device="gpu"))
     assert [fault.partition(":")[0] for fault in caught.value.faults] == [
         "--seeds", "--epochs", "--batch", "--max-tokens", "--learning-rate", "--clip", "--validation", "--warmup",
-        "device", str(nowhere), "--model"]
+        "device", nowhere, "--model"]
     write_rows(data / "single.train.jsonl", rows_of(40)[::2])
     with pytest.raises(DataError, match="has no row of 'yes'; every class must have one"):
         fine_tune(small_request(data, model_folder, tmp_path / "x"))
