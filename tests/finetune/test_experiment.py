@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import replace
 import os
 import random
 import sys
@@ -204,7 +203,7 @@ def test_all_faulty_settings_are_told(data, model_folder, tmp_path):
     wrong = small_request(data, model_folder, tmp_path / "x", seeds=0, training=training, validation=0.9, max_tokens=3)
     nowhere = str(tmp_path / "nowhere")
     with pytest.raises(UserError) as caught:
-        fine_tune(replace(wrong, data=nowhere, model=nowhere, device="gpu"))
+        fine_tune(dataclasses.replace(wrong, data=nowhere, model=nowhere, device="gpu"))
     assert [fault.partition(":")[0] for fault in caught.value.faults] == [
         "--seeds", "--epochs", "--batch", "--max-tokens", "--learning-rate", "--clip", "--validation", "--warmup",
         "device", nowhere, "--model"]
