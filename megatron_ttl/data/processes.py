@@ -8,10 +8,14 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import TypeVar
+from multiprocessing.context import SpawnProcess
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 from megatron_ttl.errors import DataError
 
@@ -32,40 +36,123 @@ def in_processes(function: Callable[[Item], Result], items: Iterable[Item], work
     Raises:
         DataError: a worker died; what `function` raises is raised as it is.
     """
-    # An executor and not a multiprocessing.Pool, which waits for ever for the answer of a killed worker.
-    # Spawned and not forked: the parent may have threads.
-    context = multiprocessing.get_context("spawn")
-    held_by_workers, held_here = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(held_by_workers,))
+    crew = _Crew(function)
+    threads = ThreadPoolExecutor(workers, thread_name_prefix="worker")
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
-            waiting.append((item, pool.submit(function, item)))
+            if len(crew.processes) < workers:
+                crew.hire()
+            waiting.append((item, threads.submit(crew.do, item)))
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
         while waiting:
             done, future = waiting.popleft()
             yield done, future.result()
-    except BrokenProcessPool:
+    except _WorkerDiedError:
         raise DataError(f"a worker process died; the system may have stopped it for want of memory; {cure}") from None
     except BaseException:  # Ctrl-C, or nobody wants the rest: an item may take minutes
-        held_here.close()
+        crew.kill()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
-        held_here.close()
-        held_by_workers.close()
+        threads.shutdown(cancel_futures=True)
+        crew.dismiss()
 
 
-def _begin_worker(held: Connection) -> None:
-    """Leave Ctrl-C to the parent, and end when it does or lets go of the other end of `held`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class _WorkerDiedError(Exception):
+    """It will not answer any more."""
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: SpawnProcess
+    connection: Connection
+
+
+class _Crew(Generic[Item, Result]):
+    """Processes, each with a connection of its own.
+
+    A multiprocessing.Pool waits for ever for the answer of a killed worker, and a ProcessPoolExecutor for the rest of an
+    answer whose worker was killed while it wrote, because all share one pipe. Here nobody but the worker holds the other end.
+    """
+
+    def __init__(self, function: Callable[[Item], Result]) -> None:
+        self._function = function
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        self.processes: list[_Worker] = []
+
+    def hire(self) -> None:
+        """Start a process; spawned and not forked, for the parent may have threads."""
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(self._function, there), daemon=True)
+        with _deaf_children():
+            process.start()
+        there.close()
+        worker = _Worker(process, here)
+        self.processes.append(worker)
+        self._idle.put(worker)
+
+    def do(self, item: Item) -> Result:
+        """Let a process that is idle do it; called by as many threads as there are processes."""
+        worker = self._idle.get()
+        try:
+            worker.connection.send(item)
+            done, answer = worker.connection.recv()
+        except (EOFError, OSError):
+            self.kill()  # or the others would work on before anybody hears of it
+            raise _WorkerDiedError from None
+        finally:
+            self._idle.put(worker)
+        if not done:
+            raise answer
+        return answer
+
+    def kill(self) -> None:
+        """End all, whatever they are at."""
+        for worker in self.processes:
+            worker.process.kill()
+
+    def dismiss(self) -> None:
+        """Let those that live come to their end."""
+        for worker in self.processes:
+            worker.connection.close()
+        for worker in self.processes:
+            worker.process.join()
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Leave Ctrl-C to this process: one that begins inside never hears it, not even while Python starts in it.
+
+    A terminal sends it to all. A process that inherits the blocked signal needs no chance to say that it ignores it.
+    """
+    resource_tracker.ensure_running()  # started later, inside, it would unblock the signal behind itself
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(function: Callable[[Any], Any], connection: Connection) -> None:
+    """Answer until the other end is closed; end at once when the parent does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def leave_with_parent() -> None:
-        wait([held, parent.sentinel])
+        wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, function(item))
+        except Exception as error:
+            answer = (False, error)
+        connection.send(answer)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from contextlib import closing
+from multiprocessing.connection import Connection
 
 import pytest
 from patience import patient
@@ -29,6 +32,16 @@ def refuse(number: int) -> int:
     raise DataError(f"{number}: is refused")
 
 
+def hears_interrupts(_: int) -> bool:
+    return signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_workers_are_deaf_to_interrupts_before_they_run_a_line_of_ours():
+    """Else Ctrl-C while they start makes Python in them print a traceback; the parent hears as before."""
+    assert [heard for _, heard in in_processes(hears_interrupts, range(4), 2, "")] == [False] * 4
+    assert hears_interrupts(0)
+
+
 def test_results_come_in_the_order_of_the_items_and_are_read_as_needed():
     taken = []
 
@@ -49,6 +62,19 @@ def test_who_wants_no_more_does_not_wait_for_what_is_under_way():
     started = time.monotonic()
     results.close()
     assert time.monotonic() - started < patient(5) and not multiprocessing.active_children()
+
+
+def die_while_answering(number: int) -> bytes:
+    threading.Timer(0.5, os._exit, (1,)).start()
+    return bytes(100_000_000) if number else b""
+
+
+def test_a_worker_that_dies_while_it_answers_is_not_waited_for(monkeypatch):
+    """The beginning of an answer is there, and its end never comes."""
+    recv = Connection.recv
+    monkeypatch.setattr(Connection, "recv", lambda self: (time.sleep(1), recv(self))[1])  # the worker has died by then
+    with pytest.raises(DataError, match="a worker process died"):
+        list(in_processes(die_while_answering, [0, 1, 1], 2, ""))
 
 
 def test_what_goes_wrong_in_a_worker_is_said():
