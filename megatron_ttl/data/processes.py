@@ -10,11 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from megatron_ttl.errors import DataError
@@ -37,7 +34,7 @@ def in_processes(function: Callable[[Item], Result], items: Iterable[Item], work
         DataError: a worker died; what `function` raises is raised as it is.
     """
     crew = _Crew(function)
-    threads = ThreadPoolExecutor(workers, thread_name_prefix="worker")
+    threads = ThreadPoolExecutor(2 * workers, thread_name_prefix="worker")
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
@@ -64,10 +61,43 @@ class _WorkerDiedError(Exception):
     """It will not answer any more."""
 
 
-@dataclass(frozen=True)
 class _Worker:
-    process: SpawnProcess
-    connection: Connection
+    """A process and what it was asked; it answers in the order in which it was asked."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        # Spawned and not forked: the parent may have threads.
+        context = multiprocessing.get_context("spawn")
+        self.connection, there = context.Pipe()
+        self.process = context.Process(target=_work, args=(function, there), daemon=True)
+        with _deaf_children():
+            self.process.start()
+        there.close()
+        self.asked = self.answered = 0
+        self._asking, self._turn = threading.Lock(), threading.Condition()
+
+    def ask(self, item: Any) -> tuple[bool, Any]:
+        """Hand over an item, and wait for its answer.
+
+        Raises:
+            EOFError, OSError: the process has died.
+        """
+        fault = None
+        with self._asking:
+            number = self.asked
+            self.asked += 1
+            try:
+                self.connection.send(item)
+            except Exception as error:  # its turn must pass all the same, or those behind it would wait for ever
+                fault = error
+        with self._turn:
+            self._turn.wait_for(lambda: self.answered == number)
+            try:
+                if fault is not None:
+                    raise fault
+                return self.connection.recv()
+            finally:
+                self.answered += 1
+                self._turn.notify_all()
 
 
 class _Crew(Generic[Item, Result]):
@@ -79,32 +109,30 @@ class _Crew(Generic[Item, Result]):
 
     def __init__(self, function: Callable[[Item], Result]) -> None:
         self._function = function
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        self._choosing = threading.Lock()
+        self._given: dict[_Worker, int] = {}
         self.processes: list[_Worker] = []
 
     def hire(self) -> None:
-        """Start a process; spawned and not forked, for the parent may have threads."""
-        context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(target=_work, args=(self._function, there), daemon=True)
-        with _deaf_children():
-            process.start()
-        there.close()
-        worker = _Worker(process, here)
+        """Start a process."""
+        worker = _Worker(self._function)
+        with self._choosing:
+            self._given[worker] = 0
         self.processes.append(worker)
-        self._idle.put(worker)
 
     def do(self, item: Item) -> Result:
-        """Let a process that is idle do it; called by as many threads as there are processes."""
-        worker = self._idle.get()
+        """Let the process with the least to do do it; called by twice as many threads, so that none is ever without work."""
+        with self._choosing:
+            worker = min(self._given, key=self._given.__getitem__)
+            self._given[worker] += 1
         try:
-            worker.connection.send(item)
-            done, answer = worker.connection.recv()
+            done, answer = worker.ask(item)
         except (EOFError, OSError):
             self.kill()  # or the others would work on before anybody hears of it
             raise _WorkerDiedError from None
         finally:
-            self._idle.put(worker)
+            with self._choosing:
+                self._given[worker] -= 1
         if not done:
             raise answer
         return answer

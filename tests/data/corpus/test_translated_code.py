@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from filter_documents import cpu_seconds, document, only
+from patience import processor
 
 from megatron_ttl.data.corpus.document import Dropped
 from megatron_ttl.data.corpus.filters import build_steps
@@ -68,4 +69,4 @@ def test_keywords_are_data_of_the_preset():
 @pytest.mark.parametrize("piece", ["importar ", "imprimir(", "\n", " ", "de a", "a.", "```\n", "importar a.a\n"])
 def test_a_megabyte_of_the_same_takes_no_two_seconds(piece):
     built = step(flag=True)
-    assert any(cpu_seconds(built, document(piece * (1_000_000 // len(piece)))) < 2 for _ in range(3))
+    assert any(cpu_seconds(built, document(piece * (1_000_000 // len(piece)))) < processor(2) for _ in range(3))
