@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
-
 
 _LONGEST_FAULT = 2000  # characters: what is larger holds a part of some file, not a name of ours
 
@@ -77,3 +77,12 @@ def closest(word: str, known: Iterable[str]) -> str:
     by_lower = {k.lower(): k for k in known}
     match = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return f"did you mean '{by_lower[match[0]]}'?" if match else ""
+
+
+@contextmanager
+def collected(faults: list[str], error: type[UserError] = UserError) -> Iterator[None]:
+    """Add to `faults` those of an `error` that is raised inside, and go on behind it: they shall not hide later ones."""
+    try:
+        yield
+    except error as found:
+        faults += [fault for fault in found.faults if fault not in faults]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,3 +35,39 @@ def shared_data() -> Path:
     if not (folder / "text").is_dir():
         pytest.skip("the real Portuguese text (../shared/data) is not on this machine")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """A tokenizer of 350 pieces."""
+    from tiny_folder import write_tokenizer
+
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer_folder) -> Path:
+    """A random model with 48 positions, written by transformers."""
+    from tiny_folder import write_model_folder
+
+    return write_model_folder(tmp_path_factory.mktemp("model") / "tiny", tokenizer_folder)
+
+
+@pytest.fixture
+def call_tool(repository, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Call a tool in this process, where its libraries are imported already.
+
+    (File name, arguments) -> exit code, standard output, standard error.
+    """
+    from megatron_ttl.console import run_tool
+
+    def call(name: str, *arguments: object) -> tuple[int, str, str]:
+        spec = importlib.util.spec_from_file_location(Path(name).stem + "_tool", repository / "tools" / name)
+        tool = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tool)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            run_tool(tool.main)
+        return left.value.code, *capsys.readouterr()
+
+    return call

@@ -18,7 +18,7 @@ from megatron_ttl.data.manifest import require_same_tokens
 from megatron_ttl.data.mixture import StagedMixture
 from megatron_ttl.data.order import EpochOrder
 from megatron_ttl.data.packing import IGNORED_LABEL, BestFit, Concatenated, Packing
-from megatron_ttl.errors import DataError, UserError, raise_faults
+from megatron_ttl.errors import DataError, collected, raise_faults
 
 
 class CausalLMDataset:
@@ -310,9 +310,7 @@ def _no_eos_known(prefix: str) -> str:
 def _open_all(prefixes: list[str]) -> list[IndexedDataset]:
     datasets, faults = [], []
     for prefix in prefixes:
-        try:
+        with collected(faults):
             datasets.append(IndexedDataset(prefix))
-        except UserError as error:
-            faults += error.faults
     raise_faults(DataError, faults)
     return datasets

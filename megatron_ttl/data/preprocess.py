@@ -30,7 +30,7 @@ from megatron_ttl.data.manifest import (
     dataset_paths,
 )
 from megatron_ttl.data.tokenizer_copy import holds_tokenizer, place_tokenizer
-from megatron_ttl.errors import DataError, DiskError, raise_faults
+from megatron_ttl.errors import DataError, DiskError, collected, raise_faults
 from megatron_ttl.files import fsync_directory, require_free_space
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
@@ -125,10 +125,8 @@ def _checked(inputs: Sequence[str | os.PathLike[str]], prefix: str | os.PathLike
     faults = [*_setting_faults(settings, workers, max_bad_fraction), *_prefix_faults(prefix),
               *input_faults(inputs)]
     tokenizer = None
-    try:
+    with collected(faults, DataError):
         tokenizer = Tokenizer.load(settings.tokenizer)
-    except DataError as error:
-        faults += error.faults
     if not overwrite:
         faults += [
             f"{path}: exists already; a dataset is not overwritten unasked; choose another --output-prefix, "

@@ -48,6 +48,7 @@ def in_processes(function: Callable[[Item], Result], items: Iterable[Item], work
             done, future = waiting.popleft()
             yield done, future.result()
     except _WorkerDiedError:
+        crew.kill()  # one that was hired meanwhile, too
         raise DataError(f"a worker process died; the system may have stopped it for want of memory; {cure}") from None
     except BaseException:  # Ctrl-C, or nobody wants the rest: an item may take minutes
         crew.kill()

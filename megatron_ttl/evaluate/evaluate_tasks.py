@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ttl import console
-from megatron_ttl.errors import DataError, DiskError, UserError, raise_faults
+from megatron_ttl.errors import DataError, DiskError, UserError, collected, raise_faults
 from megatron_ttl.evaluate.answer import ModelAnswerer
 from megatron_ttl.evaluate.baselines import baselines
 from megatron_ttl.evaluate.contamination import CACHE_FOLDER, Contamination, find_contamination, with_contamination
@@ -205,11 +205,9 @@ def _write_items(path: Path, result: TaskResult) -> None:
 
 def _or_faults(find: Callable[[], Sequence[Any]], faults: list[str]) -> Sequence[Any]:
     """Return what is found; nothing, and the faults beside the others, where it is refused."""
-    try:
+    with collected(faults):
         return find()
-    except UserError as error:
-        faults += error.faults
-        return []
+    return []
 
 
 def _tasks_with_rows(settings: TaskSettings) -> list[Task]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_ttl.errors import CheckpointError, UserError, raise_faults
+from megatron_ttl.errors import CheckpointError, UserError, collected, raise_faults
 from megatron_ttl.evaluate.open_run import ModelToScore, checkpoint_steps, open_checkpoint, open_folder
 from megatron_ttl.evaluate.records import SCORES_FILE
 from megatron_ttl.generate.open_folder import choose_device, choose_dtype
@@ -38,11 +38,9 @@ def find_places(model: Path | None = None, run: Path | None = None, step: int | 
     faults: list[str] = []
     steps: list[int] = []
     for check in (lambda: choose_device(device), lambda: choose_dtype(dtype),
-                  lambda: _require_folder(model) if model is not None else steps.extend(_steps(run, step))):
-        try:
+                  lambda: require_model_folder(model) if model is not None else steps.extend(_steps(run, step))):
+        with collected(faults):
             check()
-        except UserError as error:
-            faults += error.faults
     raise_faults(UserError, faults)
     if model is not None:
         return [Place("", partial(open_folder, model, device, dtype))]
@@ -51,7 +49,12 @@ def find_places(model: Path | None = None, run: Path | None = None, step: int | 
     return [Place("", partial(open_checkpoint, run, step, device, dtype))]
 
 
-def _require_folder(model: Path) -> None:
+def require_model_folder(model: Path) -> None:
+    """Refuse what is no model folder at all; what is in it is looked at when it is opened.
+
+    Raises:
+        CheckpointError: there is no config.json.
+    """
     if not (model / "config.json").is_file():
         raise CheckpointError(f"{model}: {'has no config.json' if model.is_dir() else 'does not exist'}; it must be a "
                               "model folder; correct the path, or write one with tools/convert_to_hf.py")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from megatron_ttl.errors import DataError, closest, on_one_line, raise_faults
+from megatron_ttl.errors import DataError, closest, collected, on_one_line, raise_faults
 from megatron_ttl.evaluate.records import (
     DEPENDENCIES,
     SCORES_FILE,
@@ -89,10 +89,8 @@ def read_scores(places: Iterable[str | os.PathLike[str]]) -> list[ScoreRecord]:
     """
     records, faults = [], []
     for place in map(Path, places):
-        try:
+        with collected(faults, DataError):
             records += read_records(place / SCORES_FILE if place.is_dir() else place)
-        except DataError as error:
-            faults += error.faults
     raise_faults(DataError, faults)
     return newest(records)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ttl.errors import DataError, closest, raise_faults
+from megatron_ttl.errors import DataError, closest, collected, raise_faults
 from megatron_ttl.files import read_regular
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
@@ -72,10 +72,8 @@ def read_signal_tasks(names: Sequence[str], limit: int | None = None) -> list[Si
     """
     tasks, faults = [], []
     for name in names:
-        try:
+        with collected(faults, DataError):
             tasks.append(_read_task(name, limit))
-        except DataError as error:
-            faults += error.faults
     raise_faults(DataError, faults)
     return tasks
 

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_ttl.data.documents import input_faults, parse_line, read_chunks
 from megatron_ttl.data.indexed_dataset import IndexedDataset
 from megatron_ttl.data.inspect import decoded_documents
-from megatron_ttl.errors import DataError, raise_faults
+from megatron_ttl.errors import DataError, collected, raise_faults
 from megatron_ttl.files import checksum
 
 _UNIT_BYTES = 16 << 20  # of text: what travels with it to a worker is small beside it
@@ -134,10 +134,8 @@ def open_sources(places: Sequence[str | os.PathLike[str]], text_key: str = "text
     faults: list[str] = []
     sources: list[Source] = []
     for place in dict.fromkeys(map(os.fspath, places)):
-        try:
+        with collected(faults, DataError):
             sources.append(_open_file(Path(place), text_key) if Path(place).is_file() else _open_dataset(place))
-        except DataError as error:
-            faults += error.faults
     raise_faults(DataError, faults)
     return sources
 

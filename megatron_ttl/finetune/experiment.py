@@ -14,7 +14,8 @@ import torch
 from megatron_ttl.checkpoint.bounded_json import read_json_object
 from megatron_ttl.config.validate import dotted
 from megatron_ttl.console import progress
-from megatron_ttl.errors import ConfigError, DataError, UserError, raise_faults
+from megatron_ttl.errors import ConfigError, DataError, UserError, collected, raise_faults
+from megatron_ttl.evaluate.model_places import require_model_folder
 from megatron_ttl.files import or_disk_error, require_free_space, write_json, write_text
 from megatron_ttl.finetune.backbone import Backbone, Pooling, settings_of
 from megatron_ttl.finetune.classifier import all_logits, load_classifier, open_backbone
@@ -73,7 +74,12 @@ def fine_tune(request: Request) -> dict[str, Any]:
     Raises:
         UserError: a setting, the task, the data or the model is wrong, or the output belongs to another experiment.
     """
-    raise_faults(UserError, [*_request_faults(request), *_place_faults(request)])
+    faults = list(_request_faults(request))
+    for check in (lambda: choose_device(request.device), lambda: require_model_folder(Path(request.model)),
+                  lambda: find_files(find_task(request.task, request.task_files), request.data)):
+        with collected(faults):
+            check()
+    raise_faults(UserError, faults)
     device, task, output = choose_device(request.device), find_task(request.task, request.task_files), request.folder
     with or_disk_error(output):
         files = prepare_files(task, request.data, output, request.test_fraction, request.split_seed)
@@ -119,18 +125,6 @@ def _request_faults(request: Request) -> Iterator[str]:
         yield f"--warmup: is {training.warmup}; it must be from 0 to 1; it is a share of the steps"
     if not 0 <= request.split_seed < 2**63:
         yield f"--split-seed: is {request.split_seed}; it must be from 0 to 2^63 - 1; choose another"
-
-
-def _place_faults(request: Request) -> Iterator[str]:
-    """Look whether device, task, data and model are there at all; what is in them is read afterwards."""
-    for look in (lambda: choose_device(request.device),
-                 lambda: find_files(find_task(request.task, request.task_files), request.data)):
-        try:
-            look()
-        except UserError as error:
-            yield from error.faults
-    if not Path(request.model).is_dir():
-        yield f"--model: {request.model} is no folder; it must be a model folder; write one with tools/convert_to_hf.py"
 
 
 def _settings(request: Request, task: ClassificationTask, files: TaskFiles, rows: Sequence[Row],

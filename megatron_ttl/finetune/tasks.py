@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from megatron_ttl.config.read import parse_toml, read_text
 from megatron_ttl.config.suggest import did_you_mean, nearest_keys, nearest_words
 from megatron_ttl.config.validate import validate, without_indices
-from megatron_ttl.errors import ConfigError, raise_faults
+from megatron_ttl.errors import ConfigError, collected, raise_faults
 
 _MODEL = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
 _KEYS = ("name", "files", "texts", "label", "labels", "group", "separator", "metric", "language", "source")
@@ -80,14 +80,11 @@ def known_tasks(task_files: Sequence[str | os.PathLike[str]] = ()) -> dict[str, 
     tasks = {task.name: task for task in _read(Path(str(resources.files(__package__) / "tasks.toml")))}
     faults: list[str] = []
     for path in map(Path, task_files):
-        try:
+        with collected(faults, ConfigError):
             found = _read(path)
-        except ConfigError as error:
-            faults += error.faults
-            continue
-        faults += [f"{path}: task {task.name!r} is there already; every task has a name of its own; choose another"
-                   for task in found if task.name in tasks]
-        tasks.update({task.name: task for task in found})
+            faults += [f"{path}: task {task.name!r} is there already; every task has a name of its own; choose another"
+                       for task in found if task.name in tasks]
+            tasks.update({task.name: task for task in found})
     raise_faults(ConfigError, faults)
     return tasks
 

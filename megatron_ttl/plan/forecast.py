@@ -14,7 +14,7 @@ from megatron_ttl.config.load import Settings, read_settings
 from megatron_ttl.config.schema import EnergyConfig, RunFile
 from megatron_ttl.console import print_result, print_table
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset
-from megatron_ttl.errors import ConfigError, UserError, raise_faults
+from megatron_ttl.errors import ConfigError, collected, raise_faults
 from megatron_ttl.files import human_bytes, require_free_space
 from megatron_ttl.model.flops import (
     BYTES_PER_PARAMETER,
@@ -128,12 +128,10 @@ def dry_run(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathL
         run = run.model_copy(update={"energy": EnergyConfig(enabled=False)})
     dataset: CausalLMDataset | None = None
     if reading.wrong.isdisjoint(_NEEDED_TO_OPEN_DATA):
-        try:
+        with collected(faults):
             dataset, _ = open_data(run)
             if reading.wrong.isdisjoint(_NEEDED_TO_OPEN_SIGNALS):
                 open_signals(run, dataset)
-        except UserError as error:
-            faults += [fault for fault in error.faults if fault not in faults]
     changes: list[Change] = []
     if not reading.faults:
         changes, more = changes_for_a_dry_run(reading.settings)

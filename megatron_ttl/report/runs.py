@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from megatron_ttl.checkpoint.bounded_json import read_json_object
 from megatron_ttl.config.schema import ModelConfig
-from megatron_ttl.errors import CheckpointError, DataError, raise_faults
+from megatron_ttl.errors import CheckpointError, DataError, collected, raise_faults
 from megatron_ttl.model.flops import count_parameters
 from megatron_ttl.report.figure import printable
 from megatron_ttl.row_file import read_rows
@@ -77,10 +77,8 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
     names = [name if names.count(name) == 1 else printable(str(path)) for name, path in zip(names, paths, strict=True)]
     runs, faults = [], []
     for name, path in zip(names, paths, strict=True):
-        try:
+        with collected(faults, DataError):
             runs.append(_read_run(name, path))
-        except DataError as error:
-            faults += error.faults
     raise_faults(DataError, faults)
     return runs
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_ttl.errors import DataError, raise_faults
+from megatron_ttl.errors import DataError, collected, raise_faults
 from megatron_ttl.files import read_regular
 
 MODEL = "tokenizer.model"
@@ -47,10 +47,8 @@ def copy_tokenizer(source: str | os.PathLike[str], target: Path, needed: Iterabl
     for name in names:
         path = Path(source, name)
         if name in needed or os.path.lexists(path):
-            try:
+            with collected(faults, DataError):
                 contents[name] = _checked(path)
-            except DataError as error:
-                faults += error.faults
     raise_faults(DataError, faults)
     for name, payload in contents.items():
         (target / name).write_bytes(payload)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ttl.config.schema import RunFile
-from megatron_ttl.console import progress
 from megatron_ttl.config.stages import stages_of
+from megatron_ttl.console import progress
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset, require_apart
-from megatron_ttl.errors import ConfigError, DataError, UserError, raise_faults
+from megatron_ttl.errors import ConfigError, DataError, collected, raise_faults
 from megatron_ttl.files import human_bytes
 from megatron_ttl.runtime import available_memory_bytes
 from megatron_ttl.train.energy import country_faults
@@ -22,26 +22,20 @@ def open_data(run: RunFile) -> tuple[CausalLMDataset, dict[str, HeldOutDataset]]
     """
     faults = country_faults(run.energy)
     dataset: CausalLMDataset | None = None
-    try:
+    with collected(faults):
         dataset = CausalLMDataset([(source.prefix, source.weight) for source in run.data.sources],
                                   run.train.sequence_length, run.run.seed,
                                   stages_of(run.data) if run.data.stages else (), run.data.packing,
                                   run.data.document_mask)
-    except UserError as error:
-        faults += error.faults
     held_out = {}
     for prefix in run.evaluation.prefixes:
-        try:
+        with collected(faults):
             held_out[prefix] = HeldOutDataset(prefix, run.train.sequence_length, run.evaluation.max_tokens,
                                               run.data.document_mask)
-        except UserError as error:
-            faults += error.faults
     if dataset is not None:
         faults += _tokenizer_faults(run, dataset, held_out)
-        try:
+        with collected(faults, DataError):
             require_apart(dataset, list(held_out.values()))
-        except DataError as error:
-            faults += error.faults
     raise_faults(DataError, faults)
     assert dataset is not None
     return dataset, held_out

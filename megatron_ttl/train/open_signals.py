@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset
-from megatron_ttl.errors import DataError, UserError, raise_faults
+from megatron_ttl.errors import DataError, collected, raise_faults
 from megatron_ttl.evaluate.signals import ScoredRow, SignalTask, read_signal_tasks, rows_of
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 from megatron_ttl.train.open_data import tokenizer_directory
@@ -44,12 +44,10 @@ def open_signals(run: RunFile, dataset: CausalLMDataset) -> Signals | None:
                           f"ones it must fit into train.sequence_length, {run.train.sequence_length:,}; shorten it to {most:,}, "
                           "or lower evaluation.sample_tokens")
     rows: dict[str, tuple[SignalTask, list[ScoredRow]]] = {}
-    try:
+    with collected(faults):
         for task in read_signal_tasks(wanted.tasks, wanted.task_items):
             if task.name in rows:
                 faults.append(f"evaluation.tasks: two are called {task.name}; metrics name tasks by it; rename a file")
             rows[task.name] = task, list(rows_of(task, tokenizer, add_bos, run.model.max_position_embeddings))
-    except UserError as error:
-        faults += error.faults
     raise_faults(DataError, faults)
     return Signals(prompts, rows, tokenizer)

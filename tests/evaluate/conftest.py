@@ -1,23 +1,11 @@
-"""A model folder, and datasets made with its tokenizer."""
+"""Datasets made with the tokenizer of the model folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from tiny_folder import documents, write_dataset, write_model_folder, write_tokenizer
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory) -> Path:
-    """A tokenizer of 350 pieces."""
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, tokenizer_folder) -> Path:
-    """A random model with 48 positions, written by transformers."""
-    return write_model_folder(tmp_path_factory.mktemp("model") / "tiny", tokenizer_folder)
+from tiny_folder import documents, write_dataset
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -10,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from patience import patient
 from task_folders import write_task_folder
 
-from megatron_ttl.console import run_tool
 from megatron_ttl.evaluate.command_line import contradictions, parser
 
 
@@ -52,19 +51,9 @@ def test_mistakes_take_one_screen(run, tmp_path, prefix):
 
 
 @pytest.fixture
-def main(repository, monkeypatch, capsys):
-    """The tool's main in this process, where lm-eval is imported already: (status, standard output, standard error)."""
-    spec = importlib.util.spec_from_file_location("evaluate_tool", repository / "tools" / "evaluate.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            run_tool(tool.main)
-        return left.value.code, *capsys.readouterr()
-
-    return call
+def main(call_tool):
+    """The tool's main in this process."""
+    return partial(call_tool, "evaluate.py")
 
 
 @pytest.fixture(scope="module")

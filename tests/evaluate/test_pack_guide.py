@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 
-import pytest
-
 from harness_tasks import asked, ours, scored
-from megatron_ttl.evaluate.packs import PACKS, choose_tasks, task_listing
 
-pytest.importorskip("lm_eval")
+from megatron_ttl.evaluate.packs import PACKS, choose_tasks, task_listing
 
 
 def test_the_example_of_the_guide_works(tmp_path):

@@ -6,11 +6,9 @@ import json
 import random
 
 import pytest
-
 from harness_tasks import asked, ours, scored, theirs
-from megatron_ttl.evaluate.packs import find_tasks
 
-pytest.importorskip("lm_eval")
+from megatron_ttl.evaluate.packs import find_tasks
 
 LETTERS = "ABCDE"
 # Texts that templates and cleaning could stumble over.

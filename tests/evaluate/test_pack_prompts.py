@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from harness_tasks import asked, ours, scored
-from megatron_ttl.evaluate.packs import PACKS, find_tasks
 
-pytest.importorskip("lm_eval")
+from megatron_ttl.evaluate.packs import PACKS, find_tasks
 
 ARC = {"question": "  O que a lua [nota] reflete? ", "choices": ["A luz do sol", "[x]A  água", "O vento"], "answer": 0}
 ARC_DEMO = {"question": "Onde vivem os peixes?", "choices": ["Na água", "No ar"], "answer": 0}

@@ -206,7 +206,7 @@ def test_all_faulty_settings_are_told(data, model_folder, tmp_path):
         fine_tune(dataclasses.replace(wrong, data=nowhere, model=nowhere, device="gpu"))
     assert [fault.partition(":")[0] for fault in caught.value.faults] == [
         "--seeds", "--epochs", "--batch", "--max-tokens", "--learning-rate", "--clip", "--validation", "--warmup",
-        "device", nowhere, "--model"]
+        "device", nowhere, nowhere]
     write_rows(data / "single.train.jsonl", rows_of(40)[::2])
     with pytest.raises(DataError, match="has no row of 'yes'; every class must have one"):
         fine_tune(small_request(data, model_folder, tmp_path / "x"))

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from labelled_files import write_task
 from patience import patient
 
-from megatron_ttl.console import run_tool
-
 
 @pytest.fixture
-def run(repository, monkeypatch, capsys):
-    """Call the tool in this process; return its exit code, its output and what it said on standard error."""
-    spec = importlib.util.spec_from_file_location("finetune_tool", repository / "tools" / "finetune.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            run_tool(tool.main)
-        said = capsys.readouterr()
-        return left.value.code, said.out, said.err
-
-    return call
+def run(call_tool):
+    """The tool's main in this process."""
+    return partial(call_tool, "finetune.py")
 
 
 def arguments_for(data: Path, model: Path, output: Path) -> list[str]:

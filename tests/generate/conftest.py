@@ -5,15 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_folder import write_model_folder, write_tokenizer
+from tiny_folder import write_model_folder
 
 from megatron_ttl.generate.open_folder import OpenModel, open_model_folder
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory) -> Path:
-    """A tokenizer of 350 pieces."""
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tiny")
 
 
 @pytest.fixture(scope="session", params=[4, 2], ids=["mha", "gqa"])

@@ -22,7 +22,7 @@ from megatron_ttl.data.corpus.settings import CorpusFile, SourceSettings, where_
 from megatron_ttl.data.corpus.shards import dropped_record, to_line, to_record, write_lines
 from megatron_ttl.data.corpus.tally import Examples, Tally, difference
 from megatron_ttl.data.documents import BadLine
-from megatron_ttl.errors import ConfigError, UserError, raise_faults
+from megatron_ttl.errors import ConfigError, collected, raise_faults
 from megatron_ttl.files import write_text
 from megatron_ttl.tokenizer.tokenizer import Tokenizer
 
@@ -72,10 +72,8 @@ def stages_of(settings: CorpusFile, source: int) -> list[Stage]:
         for kind, found in (("keep", where.keep), ("drop", where.drop)) for number, predicate in enumerate(found, 1)]
     stages, faults = predicates, []
     for build in (_filters, _toxicity, _decontamination):
-        try:
+        with collected(faults):
             stages += build(settings, wanted)
-        except UserError as error:
-            faults += error.faults
     raise_faults(ConfigError, faults)
     return sorted(stages, key=lambda stage: stage.order)
 

@@ -15,7 +15,7 @@ from megatron_ttl.data.corpus.clean import load_tokenizer, stages_of
 from megatron_ttl.data.corpus.filter_settings import resolve
 from megatron_ttl.data.corpus.inputs import Input, find_inputs
 from megatron_ttl.data.corpus.settings import CorpusFile, load_corpus_file
-from megatron_ttl.errors import ConfigError, UserError, raise_faults
+from megatron_ttl.errors import ConfigError, collected, raise_faults
 from megatron_ttl.files import checksum, checksum_bytes
 
 DROPPED = "dropped"
@@ -65,20 +65,14 @@ def make_plan(config: str | os.PathLike[str]) -> Plan:
     settings = load_corpus_file(config)
     faults: list[str] = []
     inputs: list[Input] = []
-    try:
+    with collected(faults):
         inputs = find_inputs(settings, config)
-    except UserError as error:
-        faults += error.faults
     for number in range(len(settings.source)):
-        try:
+        with collected(faults):
             stages_of(settings, number)
-        except UserError as error:
-            faults += [fault for fault in error.faults if fault not in faults]
     if settings.corpus.tokenizer is not None:
-        try:
+        with collected(faults):
             load_tokenizer(settings.corpus.tokenizer)
-        except UserError as error:
-            faults += error.faults
     raise_faults(ConfigError, faults)
     states = {number: _state_of(settings, number) for number in range(len(settings.source))}
     return Plan(Path(config), settings, inputs, states)
