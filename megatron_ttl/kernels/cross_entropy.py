@@ -17,14 +17,17 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(counts, wide.logsumexp(-1) - picked, 0.0).sum()
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, scale: float = 1.0, path: str = "torch") -> Tensor:
     """Sum the losses of a micro batch.
 
     Args:
         logits: [b, s, v], fp32 or bf16; the softmax is computed in fp32.
         labels: [b, s] int64, already shifted; -100 is ignored.
+        scale: a factor on the sum; a path may put it into the gradient that it leaves in the place of the logits.
+        path: from `KernelPaths`.
 
     Returns:
-        fp32 scalar, nats.
+        fp32 scalar, nats times the scale.
     """
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    return total if scale == 1.0 else total * scale

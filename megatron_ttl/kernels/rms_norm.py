@@ -18,13 +18,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * weight.float()).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, path: str = "torch") -> Tensor:
     """Apply RMSNorm over the last dimension.
 
     Args:
         x: [..., h], fp32 or bf16.
         weight: [h], same dtype.
         eps: added to the mean square.
+        path: from `KernelPaths`.
 
     Returns:
         [..., h] in the dtype of `x`; statistics are fp32.
@@ -32,3 +33,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.is_cuda:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     return rms_norm_reference(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, path: str = "torch") -> tuple[Tensor, Tensor]:
+    """Add and apply RMSNorm to the sum, as it is rounded to the dtype of `x`.
+
+    Args:
+        x, delta: [..., h].
+        weight, eps, path: as for `rms_norm`.
+
+    Returns:
+        The sum and its norm, [..., h] both.
+    """
+    total = x + delta
+    return total, rms_norm(total, weight, eps, path)

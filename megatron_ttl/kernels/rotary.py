@@ -31,3 +31,22 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]  # [s, 1, d/2] or [b, s, 1, d/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotary_heads(packed: Tensor, cos: Tensor, sin: Tensor, kv_heads: int,
+                 path: str = "torch") -> tuple[Tensor, Tensor, Tensor]:
+    """Split a packed projection into heads and turn queries and keys by their positions.
+
+    Args:
+        packed: [b, s, n + 2k, d]: queries, keys, values; not to be used again, for a path may turn it in place.
+        cos, sin: as for `rotary`.
+        kv_heads: k.
+        path: from `KernelPaths`.
+
+    Returns:
+        Query [b, n, s, d], key and value [b, k, s, d]; they are views.
+    """
+    # Queries and keys turn together: they lie side by side in the packed projection.
+    turned, value = packed.split((packed.shape[2] - kv_heads, kv_heads), dim=2)
+    query, key = rotary(turned, cos, sin).split((turned.shape[2] - kv_heads, kv_heads), dim=2)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -12,11 +12,12 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return (gate * gate.sigmoid() * up).to(gate_up.dtype)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, path: str = "torch") -> Tensor:
     """Gate the upper half of the last dimension by the lower half.
 
     Args:
         gate_up: [..., 2f], gate then up.
+        path: from `KernelPaths`.
 
     Returns:
         [..., f].
