@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -273,3 +274,18 @@ def environment_report() -> dict[str, str]:
             report[package] = "absent"
     report["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
     return report
+
+
+def cuda_compiler() -> Path | None:
+    """Return CUDA's compiler: of CUDA_HOME or CUDA_PATH, on the PATH, or where NVIDIA's packages put it."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for home in (*homes, None, "/usr/local/cuda"):
+        found = shutil.which("nvcc") if home is None else shutil.which("nvcc", path=os.path.join(home, "bin"))
+        if found:
+            return Path(found)
+    return None
+
+
+def cache_folder() -> Path:
+    """Return where things are kept that can be made again: XDG_CACHE_HOME, or `.cache` in the home folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_ttl"
