@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_TINY = 1e-6  # as torch.nn.utils.clip_grad_norm_ and DeepSpeed have it
+_TINY = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 _ROW = 4096  # elements whose squares the PyTorch path adds up in fp32; sums of rows are fp64
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements of the PyTorch path's temporaries: what caches hold; few launches
 
