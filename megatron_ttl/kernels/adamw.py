@@ -13,12 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_ttl.kernels import build
+
 _TINY = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
-_ROW = 4096  # elements whose squares the PyTorch path adds up in fp32; sums of rows are fp64
+_ROW = 1024  # elements whose squares the PyTorch path adds up in fp32; sums of rows are fp64
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements of the PyTorch path's temporaries: what caches hold; few launches
+_STRETCH = 8192  # elements of one block, as csrc/adamw.cu has it
 
 
-@torch.no_grad()
 def accumulate_(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int], first: bool,
                 path: str = "torch") -> None:
     """Write each gradient into its range of a flat buffer, or add it there.
@@ -29,18 +31,58 @@ def accumulate_(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int
         offsets: first element of each gradient's range; ranges do not overlap.
         first: whether ranges are written, whatever was there; otherwise they are added to.
         path: from `KernelPaths`.
+
+    Raises:
+        ValueError: a buffer or gradient is not as it must be.
     """
-    for gradient, offset in zip(gradients, offsets, strict=True):
-        part = flat[offset : offset + gradient.numel()].view(gradient.shape)
-        part.copy_(gradient) if first else part.add_(gradient)
+    _accumulate(flat, gradients, offsets, first, path, squares=False)
+
+
+def accumulate_and_square_(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int], first: bool,
+                           path: str = "torch") -> Tensor:
+    """Accumulate as `accumulate_` does and return the buffer's squared norm, which needs no reading of its own then.
+
+    What lies in no range must be zero.
+
+    Returns:
+        fp32 scalar on the buffer's device, as `squared_norm` gives it.
+    """
+    result = _accumulate(flat, gradients, offsets, first, path, squares=True)
+    return squared_norm(flat, path) if result is None else result
+
+
+@torch.no_grad()
+def _accumulate(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int], first: bool, path: str,
+                squares: bool) -> Tensor | None:
+    """Accumulate; return the squared norm if it was asked for and came along."""
+    _check_ranges(flat, gradients, offsets)
+    if path != "cuda":
+        for gradient, offset in zip(gradients, offsets, strict=True):
+            part = flat[offset : offset + gradient.numel()].view(gradient.shape)
+            part.copy_(gradient) if first else part.add_(gradient)
+        return None
+    gradients = [gradient.contiguous() for gradient in gradients]
+    rows = [number for gradient, offset in zip(gradients, offsets, strict=True)
+            for number in (gradient.data_ptr(), offset, gradient.numel(), build.DTYPES[gradient.dtype])]
+    partial = result = None
+    if squares:
+        partial, result = _sums(flat, [gradient.numel() for gradient in gradients])
+    build.require_kernels(flat.device).call("accumulate", flat, torch.tensor(rows, dtype=torch.int64, device="cpu"), len(gradients),
+                        int(not first), partial, 0 if partial is None else partial.numel(), result, device=flat.device)
+    return result
 
 
 @torch.no_grad()
 def squared_norm(flat: Tensor, path: str = "torch") -> Tensor:
     """Return the sum of all squares of a flat fp32 buffer, [N], as an fp32 scalar on its device.
 
-    The sum of rows is fp64, the same in every run; infinities and NaN go through.
+    The sum of parts is fp64, the same in every run; infinities and NaN go through.
     """
+    _check_flat({"flat": flat}, flat)
+    if path == "cuda":
+        partial, result = _sums(flat, [flat.numel()])
+        build.require_kernels(flat.device).call("squared_norm", flat, flat.numel(), partial, partial.numel(), result, device=flat.device)
+        return result
     rows = flat.numel() // _ROW
     body = torch.linalg.vector_norm(flat[: rows * _ROW].view(rows, _ROW), dim=1)
     rest = torch.linalg.vector_norm(flat[rows * _ROW :])
@@ -63,7 +105,18 @@ def adamw_(master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
         betas, eps, weight_decay: of AdamW.
         zero: whether the gradient is zeroed afterwards, also where nothing else changes.
         path: from `KernelPaths`.
+
+    Raises:
+        ValueError: a buffer or scalar is not as it must be.
     """
+    _check_flat({"master": master, "gradient": gradient, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, master)
+    _check_update(master, weights, {"lr": lr, "step": step, "squared_norm": squared_norm})
+    if path == "cuda":
+        numbers = torch.tensor((*betas, eps, weight_decay, clipping), dtype=torch.float64, device="cpu")
+        dtype = build.DTYPES[torch.float32 if weights is None else weights.dtype]
+        build.require_kernels(master.device).call("adamw", master, gradient, exp_avg, exp_avg_sq, weights, dtype, master.numel(), int(zero), lr,
+                              step, squared_norm, numbers, device=master.device)
+        return
     finite = squared_norm.isfinite()
     factor = (clipping / (squared_norm.sqrt() + _TINY)).clamp(max=1.0)
     exact, rate = step.double(), lr.double()
@@ -84,3 +137,80 @@ def adamw_(master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
             torch.where(finite, moved.to(weights.dtype), weights[part], out=weights[part])
     if zero:
         gradient.zero_()
+
+
+def _sums(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return room for the sums of all blocks over ranges of these sizes, and for the sum of these."""
+    return flat.new_empty(sum(-(-size // _STRETCH) for size in sizes), dtype=torch.float64), flat.new_empty(())
+
+
+def _check_flat(buffers: dict[str, Tensor], like: Tensor) -> None:
+    for name, buffer in buffers.items():
+        if buffer.dtype != torch.float32 or buffer.dim() != 1 or not buffer.is_contiguous():
+            raise ValueError(f"{name} must be a contiguous fp32 vector, not {tuple(buffer.shape)} {buffer.dtype}")
+        if buffer.numel() != like.numel() or buffer.device != like.device:
+            raise ValueError(f"{name} has {buffer.numel()} elements on {buffer.device}; "
+                             f"the masters have {like.numel()} on {like.device}")
+
+
+def _check_update(master: Tensor, weights: Tensor | None, scalars: dict[str, Tensor]) -> None:
+    for name, scalar in scalars.items():
+        if scalar.dtype != torch.float32 or scalar.numel() != 1 or scalar.device != master.device:
+            raise ValueError(f"{name} must be an fp32 scalar on {master.device}, not {tuple(scalar.shape)} {scalar.dtype} "
+                             f"on {scalar.device}")
+    if weights is not None and (weights.dtype not in (torch.bfloat16, torch.float16) or weights.shape != master.shape
+                                or not weights.is_contiguous() or weights.device != master.device):
+        raise ValueError(f"weights must be {master.numel()} contiguous bf16 or fp16 elements on {master.device}, "
+                         f"not {tuple(weights.shape)} {weights.dtype} on {weights.device}")
+
+
+def _check_ranges(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int]) -> None:
+    _check_flat({"flat": flat}, flat)
+    for gradient, offset in zip(gradients, offsets, strict=True):
+        if gradient.dtype not in build.DTYPES or gradient.device != flat.device:
+            raise ValueError(f"a gradient must be fp32, bf16 or fp16 on {flat.device}, not {gradient.dtype} "
+                             f"on {gradient.device}")
+        if offset < 0 or offset + gradient.numel() > flat.numel():
+            raise ValueError(f"a gradient of {gradient.numel()} elements at {offset} does not fit into {flat.numel()}")
+
+
+def _library(flat: Tensor) -> build.KernelLibrary:
+    library = build.kernels_for(flat.device.type)
+    if library is None:
+        raise RuntimeError(f"adamw: no CUDA kernels for tensors on {flat.device}")
+    return library
+
+
+def _sums(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return room for the sums of all blocks over ranges of these sizes, and for the sum of these."""
+    return flat.new_empty(sum(-(-size // _STRETCH) for size in sizes), dtype=torch.float64), flat.new_empty(())
+
+
+def _check_flat(buffers: dict[str, Tensor], like: Tensor) -> None:
+    for name, buffer in buffers.items():
+        if buffer.dtype != torch.float32 or buffer.dim() != 1 or not buffer.is_contiguous():
+            raise ValueError(f"{name} must be a contiguous fp32 vector, not {tuple(buffer.shape)} {buffer.dtype}")
+        if buffer.numel() != like.numel() or buffer.device != like.device:
+            raise ValueError(f"{name} has {buffer.numel()} elements on {buffer.device}; "
+                             f"the masters have {like.numel()} on {like.device}")
+
+
+def _check_update(master: Tensor, weights: Tensor | None, scalars: dict[str, Tensor]) -> None:
+    for name, scalar in scalars.items():
+        if scalar.dtype != torch.float32 or scalar.numel() != 1 or scalar.device != master.device:
+            raise ValueError(f"{name} must be an fp32 scalar on {master.device}, not {tuple(scalar.shape)} {scalar.dtype} "
+                             f"on {scalar.device}")
+    if weights is not None and (weights.dtype not in (torch.bfloat16, torch.float16) or weights.shape != master.shape
+                                or not weights.is_contiguous() or weights.device != master.device):
+        raise ValueError(f"weights must be {master.numel()} contiguous bf16 or fp16 elements on {master.device}, "
+                         f"not {tuple(weights.shape)} {weights.dtype} on {weights.device}")
+
+
+def _check_ranges(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int]) -> None:
+    _check_flat({"flat": flat}, flat)
+    for gradient, offset in zip(gradients, offsets, strict=True):
+        if gradient.dtype not in build.DTYPES or gradient.device != flat.device:
+            raise ValueError(f"a gradient must be fp32, bf16 or fp16 on {flat.device}, not {gradient.dtype} "
+                             f"on {gradient.device}")
+        if offset < 0 or offset + gradient.numel() > flat.numel():
+            raise ValueError(f"a gradient of {gradient.numel()} elements at {offset} does not fit into {flat.numel()}")
