@@ -67,8 +67,10 @@ def _accumulate(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int
     partial = result = None
     if squares:
         partial, result = _sums(flat, [gradient.numel() for gradient in gradients])
-    build.require_kernels(flat.device).call("accumulate", flat, torch.tensor(rows, dtype=torch.int64, device="cpu"), len(gradients),
-                        int(not first), partial, 0 if partial is None else partial.numel(), result, device=flat.device)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    build.require_kernels(flat.device).call(
+        "accumulate", flat, table, len(gradients), int(not first), partial, 0 if partial is None else partial.numel(),
+        result, device=flat.device)
     return result
 
 
@@ -81,7 +83,8 @@ def squared_norm(flat: Tensor, path: str = "torch") -> Tensor:
     _check_flat({"flat": flat}, flat)
     if path == "cuda":
         partial, result = _sums(flat, [flat.numel()])
-        build.require_kernels(flat.device).call("squared_norm", flat, flat.numel(), partial, partial.numel(), result, device=flat.device)
+        build.require_kernels(flat.device).call("squared_norm", flat, flat.numel(), partial, partial.numel(), result,
+                                                device=flat.device)
         return result
     rows = flat.numel() // _ROW
     body = torch.linalg.vector_norm(flat[: rows * _ROW].view(rows, _ROW), dim=1)
@@ -114,8 +117,9 @@ def adamw_(master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
     if path == "cuda":
         numbers = torch.tensor((*betas, eps, weight_decay, clipping), dtype=torch.float64, device="cpu")
         dtype = build.DTYPES[torch.float32 if weights is None else weights.dtype]
-        build.require_kernels(master.device).call("adamw", master, gradient, exp_avg, exp_avg_sq, weights, dtype, master.numel(), int(zero), lr,
-                              step, squared_norm, numbers, device=master.device)
+        build.require_kernels(master.device).call(
+            "adamw", master, gradient, exp_avg, exp_avg_sq, weights, dtype, master.numel(), int(zero), lr, step,
+            squared_norm, numbers, device=master.device)
         return
     finite = squared_norm.isfinite()
     factor = (clipping / (squared_norm.sqrt() + _TINY)).clamp(max=1.0)

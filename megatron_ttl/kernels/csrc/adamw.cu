@@ -346,7 +346,7 @@ extern "C" int ttl_squared_norm(const float* flat, int64_t size, double* partial
 extern "C" int ttl_adamw(float* master, float* gradient, float* exp_avg, float* exp_avg_sq, void* weights, int64_t dtype,
                          int64_t size, int64_t zero, const float* lr, const float* step, const float* squared_norm,
                          const double* numbers, void* stream) {
-    if ((weights == nullptr) != (dtype == FP32)) return cudaErrorInvalidValue;
+    if (size > 0 && (weights == nullptr) != (dtype == FP32)) return cudaErrorInvalidValue;
     const Settings settings{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], std::log(numbers[0]),
                             std::log(numbers[1])};
     return with_dtype(dtype, [&](auto kind) {
