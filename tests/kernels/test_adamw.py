@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_ttl.kernels.adamw import accumulate_, accumulate_and_square_, adamw_, squared_norm
 
 PATHS = ("torch", "cuda")
-HYPER = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+HYPER = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 POISON = float("nan")
 STRETCH = 8192
 

@@ -55,9 +55,8 @@ __device__ __forceinline__ void store_quad(T* place, const Quad<T>& quad) {
 }
 
 // Elements before the first one of a buffer at which a quad begins.
-int64_t head_of(const float* buffer, int64_t size) {
-    const int64_t over = static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffer) / sizeof(float) % QUAD);
-    return over == 0 ? 0 : (size < QUAD - over ? size : QUAD - over);
+int64_t head_of(const float* buffer) {
+    return (QUAD - static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffer) / sizeof(float) % QUAD)) % QUAD;
 }
 
 // A block's part of a buffer: quads from element `head` on, and single elements, which are before and after them; all of
@@ -74,9 +73,11 @@ __device__ __forceinline__ void for_stretch(int64_t size, int64_t head, ForQuad 
 
 inline unsigned blocks_for(int64_t elements) { return static_cast<unsigned>(divide_up(elements, STRETCH)); }
 
-// The sum of a block's values in thread 0, in an order that is always the same.
+// The sum of a block's values in thread 0, in an order that is always the same; takes SUM_BYTES of shared memory.
+constexpr size_t SUM_BYTES = WARP * sizeof(double);
+
 __device__ __forceinline__ double block_sum(double value) {
-    __shared__ double of_warp[WARP];
+    double* of_warp = dynamic_shared<double>();
     for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL_LANES, value, lanes);
     if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = value;
     __syncthreads();
@@ -177,7 +178,7 @@ template <bool ADD>
 int launch_accumulate(const Ranges& ranges, int64_t blocks, void* stream) {
     const dim3 grid(static_cast<unsigned>(blocks)), block(THREADS);
     if (ranges.partial == nullptr) return launch(accumulate<ADD, false>, grid, block, 0, stream, ranges);
-    return launch(accumulate<ADD, true>, grid, block, 0, stream, ranges);
+    return launch(accumulate<ADD, true>, grid, block, SUM_BYTES, stream, ranges);
 }
 
 // ---- sum of squares
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(1024) sum_partials(const double* __restrict__ 
 }
 
 int launch_sum(const double* partial, int64_t count, float* result, void* stream) {
-    return launch(sum_partials, dim3(1), dim3(1024), 0, stream, partial, count, result);
+    return launch(sum_partials, dim3(1), dim3(1024), SUM_BYTES, stream, partial, count, result);
 }
 
 // ---- AdamW
@@ -285,13 +286,13 @@ template <typename T>
 __global__ void __launch_bounds__(THREADS) adamw(Buffers<T> buffers, int64_t size, int64_t head, bool zero,
                                                  const float* lr, const float* step, const float* squared_norm,
                                                  Settings settings) {
-    __shared__ Update shared;
+    Update* shared = dynamic_shared<Update>();
     const float squares = *squared_norm;
     const bool finite = isfinite(squares);
     if (!finite && !zero) return;
-    if (threadIdx.x == 0) shared = update_of(settings, *lr, *step, squares);
+    if (threadIdx.x == 0) *shared = update_of(settings, *lr, *step, squares);
     __syncthreads();
-    const Update update = shared;
+    const Update update = *shared;
     for_stretch<1>(size, head, [&](int64_t i) {
         if (finite) buffers.step_quad_at(update, i);
         if (zero) store_quad(buffers.gradient + i, Quad<float>{});
@@ -336,8 +337,8 @@ extern "C" int ttl_accumulate(float* flat, const int64_t* table, int64_t count, 
 extern "C" int ttl_squared_norm(const float* flat, int64_t size, double* partial, int64_t partials, float* result,
                                 void* stream) {
     if (blocks_for(size) != partials) return cudaErrorInvalidValue;
-    const int code = launch(partial_squares, dim3(blocks_for(size)), dim3(THREADS), 0, stream, flat, size,
-                            head_of(flat, size), partial);
+    const int code = launch(partial_squares, dim3(blocks_for(size)), dim3(THREADS), SUM_BYTES, stream, flat, size,
+                            head_of(flat), partial);
     return code ? code : launch_sum(partial, partials, result, stream);
 }
 
@@ -352,8 +353,8 @@ extern "C" int ttl_adamw(float* master, float* gradient, float* exp_avg, float* 
     return with_dtype(dtype, [&](auto kind) {
         using T = decltype(kind);
         const Buffers<T> buffers{master, gradient, exp_avg, exp_avg_sq, static_cast<T*>(weights)};
-        const int64_t head = head_of(master, size);
-        return launch(adamw<T>, dim3(blocks_for(size)), dim3(THREADS), 0, stream, buffers, size,
+        const int64_t head = head_of(master);
+        return launch(adamw<T>, dim3(blocks_for(size)), dim3(THREADS), sizeof(Update), stream, buffers, size,
                       buffers.quads_from(head) ? head : size, zero != 0, lr, step, squared_norm, settings);
     });
 }
