@@ -31,7 +31,7 @@ APART = {("model", "data"), ("model", "tokenizer"), ("data", "model"), ("tokeniz
          ("tokenizer", "data"), ("kernels", "config"), ("config", "kernels")}
 # The only places that may import a large dependency.
 DOORS = {
-    "deepspeed": ("megatron_ttl/parallel/", "megatron_ttl/train/engine.py", "megatron_ttl/checkpoint/"),
+    "deepspeed": ("megatron_ttl/parallel/", "megatron_ttl/train/deepspeed_drive.py", "megatron_ttl/checkpoint/"),
     "wandb": ("megatron_ttl/train/tracking.py",),
     "tensorboard": ("megatron_ttl/train/tracking.py",),
     "codecarbon": ("megatron_ttl/train/energy.py",),

@@ -61,7 +61,7 @@ def requirement(field: FieldInfo) -> str:
 
 def _type_words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(repr(choice).replace("'", '"') for choice in get_args(annotation))
+        return "one of " + ", ".join(show(choice) for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
         inner = get_args(annotation)
         if inner[-1] is not Ellipsis:

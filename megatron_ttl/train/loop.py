@@ -259,7 +259,7 @@ def compare_replicas(session: Session) -> None:
     Raises:
         DivergedError: they are not; nothing of this state may be kept.
     """
-    faults = replica_faults(session.engine.deepspeed, session.mesh)
+    faults = replica_faults(session.engine.module, session.mesh)
     if faults:
         kept = max(session.folder.store.steps(), default=0)
         raise DivergedError(f"step {session.state.step}: copies of a weight differ; they must be equal bit for bit; a "
@@ -284,7 +284,7 @@ def save(session: Session, last: bool = False, waits: bool = False) -> bool:
     began = time.perf_counter()
     if session.saver.pending:
         settle(session)
-    pieces = capture(session.engine.deepspeed, session.run.model, session.mesh)
+    pieces = capture(session.engine.state, session.run.model, session.mesh)
     session.saver.begin(session.state.step, pieces, session.record(last))
     session.saver.stall_s = time.perf_counter() - began
     return settle(session, last) if last or waits else False

@@ -228,7 +228,7 @@ def _claim(folder: RunFolder, mesh: Mesh) -> Checkpoint | None:
 def _resume(session: Session, checkpoint: Checkpoint) -> None:
     record, state = checkpoint.record, session.state
     state.updates = record.get("updates", record["step"])  # the first releases counted no skipped steps
-    restore(session.engine.deepspeed, session.run.model, session.mesh, checkpoint, state.updates)
+    restore(session.engine.state, session.run.model, session.mesh, checkpoint, state.updates)
     session.engine.loss_scaler = record.get("loss_scaler")
     session.spikes.load(record.get("spikes"))
     state.step = record["step"]
@@ -252,7 +252,7 @@ def _introduce(session: Session, checkpoint: Checkpoint | None) -> None:
     session.say("; ".join(f"{len(group['names'])} tensors with weight decay {group['weight_decay']}"
                           for group in session.engine.decay_groups)
                 + f"; {_packing_line(dataset)}")
-    pieces = outline(session.engine.deepspeed, run.model, session.mesh)
+    pieces = outline(session.engine.state, run.model, session.mesh)
     needed = session.folder.store.bytes_needed(pieces, session.record(), session.mesh)
     session.say(f"a checkpoint needs {human_bytes(needed)}, {human_bytes(free_bytes(session.folder.path))} are free")
     _warn_of_repeats(session)

@@ -33,16 +33,16 @@ def with_a_bad_step(mesh, cases, value):
         engine = Engine(run, deepspeed_settings(case), cut)
         data = list(steps_of_data(run.model.vocab_size, case.micro_batch, cut.data_parallel_rank, cut.data_parallel_size))
         results = [engine.train_step(micro_batches, 1e-2) for micro_batches in data[:3]]
-        before = capture(engine.deepspeed, run.model, cut)
-        owner, name = (engine.deepspeed.module, "loss_fn") if case.pipeline > 1 else (engine, "_scaled_loss")
+        before = capture(engine.state, run.model, cut)
+        owner, name = (engine.module, "loss_fn") if case.pipeline > 1 else (engine, "_scaled_loss")
         real = getattr(owner, name)
         setattr(owner, name, lambda *rest, real=real: real(*rest) * (value if mesh.rank == mesh.world_size - 1 else 1.0))
         results.append(engine.train_step(data[3], 1e-2))
         setattr(owner, name, real)
-        after = capture(engine.deepspeed, run.model, cut)
+        after = capture(engine.state, run.model, cut)
         results.append(engine.train_step(data[4], 1e-2))
         found[case] = ([(float(r.loss), float(r.grad_norm), r.skipped) for r in results], before, after,
-                       capture(engine.deepspeed, run.model, cut))
+                       capture(engine.state, run.model, cut))
         engine.close()
     return found
 
@@ -56,7 +56,7 @@ def without_it(mesh, cases):
         data = list(steps_of_data(run.model.vocab_size, case.micro_batch, cut.data_parallel_rank, cut.data_parallel_size))
         for number in (0, 1, 2, 4):
             engine.train_step(data[number], 1e-2)
-        found[case] = capture(engine.deepspeed, run.model, cut)
+        found[case] = capture(engine.state, run.model, cut)
         engine.close()
     return found
 

@@ -17,6 +17,8 @@ from megatron_ttl.train.engine import Engine
 
 ACCUMULATIONS = [Case(stage=stage, precision=precision, micro_batch=micro_batch) for precision in ("fp32", "bf16")
                  for stage in range(precision == "bf16", 4) for micro_batch in (24, 12, 3)]
+ACCUMULATIONS += [Case(engine="flat", precision=precision, micro_batch=micro_batch) for precision in ("fp32", "bf16")
+                  for micro_batch in (24, 12, 3)]
 
 
 def test_every_accumulation_equals_a_plain_torch_loop():
@@ -54,7 +56,7 @@ def initial_states(mesh, cases):
     for case in cases:
         cut = mesh.cut(case.tensor, case.pipeline, case.sequence)
         engine = Engine(run_of(case), deepspeed_settings(case), cut)
-        found[case] = capture(engine.deepspeed, run_of(case).model, cut)
+        found[case] = capture(engine.state, run_of(case).model, cut)
         engine.close()
     return found
 
@@ -125,14 +127,14 @@ def saved_bytes(mesh, case):
     found = {}
     for recompute in ("none", "selective", "full"):
         engine = Engine(run, deepspeed_settings(case), mesh, recompute)
-        kept = {p.data_ptr(): 0 for p in engine.deepspeed.module.parameters()}
+        kept = {p.data_ptr(): 0 for p in engine.module.parameters()}
 
         def keep(tensor, kept=kept):
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = engine.deepspeed(next(steps_of_data(run.model.vocab_size, 6))[0][0])
+            logits = engine.module(next(steps_of_data(run.model.vocab_size, 6))[0][0])
         found[recompute] = sum(kept.values()) - logits.numel() * 4
         engine.close()
     return found
@@ -181,9 +183,9 @@ def overflowing(mesh, initial_scale_power):
     engine = Engine(run_of(case), settings, mesh)
     rows = []
     for micro_batches in steps_of_data(run_of(case).model.vocab_size, 6):
-        before = {name: p.detach().clone() for name, p in engine.deepspeed.module.named_parameters()}
+        before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
         result = engine.train_step(micro_batches, 1e-3)
-        moved = any(not torch.equal(before[name], p) for name, p in engine.deepspeed.module.named_parameters())
+        moved = any(not torch.equal(before[name], p) for name, p in engine.module.named_parameters())
         rows.append((result.skipped, moved, engine.loss_scale_row(0)["loss_scale"]))
     state = engine.loss_scaler
     engine.close()

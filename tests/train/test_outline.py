@@ -26,7 +26,7 @@ def outlined(mesh, cases):
         engine = Engine(run, deepspeed_settings(case), cut)
         found[case] = [{(group, name, piece.shape, piece.offset, piece.tensor.shape, piece.tensor.dtype)
                         for group, named in pieces.items() for name, piece in named.items()}
-                       for pieces in (outline(engine.deepspeed, run.model, cut), capture(engine.deepspeed, run.model, cut))]
+                       for pieces in (outline(engine.state, run.model, cut), capture(engine.state, run.model, cut))]
         engine.close()
     return found
 

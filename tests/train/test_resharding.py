@@ -35,7 +35,7 @@ def engine_of(mesh, case):
 
 def save(folder, engine, model, mesh):
     record = {"step": BEFORE, "loss_scaler": engine.loss_scaler}
-    CheckpointStore(folder).save(BEFORE, capture(engine.deepspeed, model, mesh), record, mesh)
+    CheckpointStore(folder).save(BEFORE, capture(engine.state, model, mesh), record, mesh)
 
 
 def reshard(mesh, folder, pairs):
@@ -50,7 +50,7 @@ def reshard(mesh, folder, pairs):
     for source, target in pairs:
         engine, model, cut, data = engine_of(mesh, LAYOUTS[target])
         checkpoint = CheckpointStore(folder / f"{source}").latest_valid(mesh)
-        restore(engine.deepspeed, model, cut, checkpoint, checkpoint.step)
+        restore(engine.state, model, cut, checkpoint, checkpoint.step)
         save(folder / f"{source}-{target}", engine, model, cut)
         found[source, target] = [float(engine.train_step(micro_batches, 1e-3).loss) for micro_batches in data[BEFORE:]]
         engine.close()
@@ -92,7 +92,7 @@ def one_process(mesh, folder, sources):
     for source in sources:
         engine, model, cut, data = engine_of(mesh, Case(model=MODEL, stage=2))
         checkpoint = CheckpointStore(folder / f"{source}").latest_valid(mesh)
-        restore(engine.deepspeed, model, cut, checkpoint, checkpoint.step)
+        restore(engine.state, model, cut, checkpoint, checkpoint.step)
         save(folder / f"{source}-0", engine, model, cut)
         found[source, 0] = [float(engine.train_step(micro_batches, 1e-3).loss) for micro_batches in data[BEFORE:]]
         engine.close()
@@ -120,9 +120,9 @@ def files_and_reads(mesh, folder):
             read.append(tensor.numel() if group == WEIGHTS else 0)
             return tensor
 
-    restore(engine.deepspeed, model, cut, Counting(), BEFORE)
+    restore(engine.state, model, cut, Counting(), BEFORE)
     own = sum(path.stat().st_size for path in checkpoint.directory.glob(f"*-{mesh.rank:05d}.safetensors"))
-    return own, sum(read), sum(p.numel() for p in engine.deepspeed.module.parameters())
+    return own, sum(read), sum(p.numel() for p in engine.module.parameters())
 
 
 def test_every_process_writes_and_reads_its_own_share(tmp_path):

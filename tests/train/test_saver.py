@@ -62,7 +62,7 @@ def changed_by_a_step(mesh, cases):
         engine = Engine(run, deepspeed_settings(case), cut)
         data = steps_of_data(run.model.vocab_size, case.micro_batch, cut.data_parallel_rank, cut.data_parallel_size)
         engine.train_step(next(data), 1e-2)
-        captured = capture(engine.deepspeed, run.model, cut)
+        captured = capture(engine.state, run.model, cut)
         before = {(group, name): piece.tensor.clone() for group, named in captured.items() for name, piece in named.items()}
         engine.train_step(next(data), 1e-2)
         found[case] = [key for key, tensor in before.items() if not torch.equal(tensor, captured[key[0]][key[1]].tensor)]
