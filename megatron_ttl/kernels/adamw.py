@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TINY = 1e-6  # as torch.nn.utils.clip_grad_norm_ and DeepSpeed have it
+_TINY = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 _CHUNK = 1 << 24  # elements for which the PyTorch path keeps temporaries at a time: 64 MiB each
 
 

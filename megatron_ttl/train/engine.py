@@ -30,7 +30,7 @@ class Engine:
     """This process's part of the model, its optimizer, and one of two drives: DeepSpeed's engine, or flat buffers."""
 
     def __init__(self, run: RunFile, deepspeed_settings: dict[str, Any], mesh: Mesh, recompute: Recompute = "none",
-                 eos_id: int | None = None, options: EngineOptions = EngineOptions()) -> None:  # noqa: B008: it is frozen
+                 eos_id: int | None = None, options: EngineOptions = EngineOptions()) -> None:
         """Build this process's part from the run's seed and make it ready to train.
 
         Args:
@@ -50,7 +50,7 @@ class Engine:
         bf16 = bool(deepspeed_settings.get("bf16", {}).get("enabled"))
         if not self._fp16 and not bf16:
             torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-        self._paths = options.paths
+        self.options = options
         model = build_part(run, mesh, recompute, self._loss, eos_id)
         if options.compile:
             compile_model(model)
@@ -173,4 +173,4 @@ class Engine:
 
     def _scaled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return loss_sum(logits, labels, self._vocab_size, self._tensor_parallel, self._drive.scale,
-                        self._paths.cross_entropy)
+                        self.options.paths.cross_entropy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -27,6 +27,15 @@ class EngineOptions:
     """Whether the flat engine's step is recorded; `try` goes on without where that fails."""
     paths: KernelPaths = KernelPaths()
     """The implementation of each operation."""
+
+    def __str__(self) -> str:
+        """Return one line for people."""
+        chosen: dict[str, list[str]] = {}
+        for operation, path in asdict(self.paths).items():
+            chosen.setdefault(path, []).append(operation)
+        words = [self.kind, *(["step recorded as CUDA graphs"] if self.graphs != "off" else []),
+                 *(["blocks compiled"] if self.compile else [])]
+        return f"{', '.join(words)}; {'; '.join(f'{path}: ' + ', '.join(names) for path, names in chosen.items())}"
 
 
 def engine_options(run: RunFile, profile: DeepSpeedProfile, world_size: int, device: torch.device) -> EngineOptions:
