@@ -30,7 +30,7 @@ def engine_of(mesh, case):
     run = run_of(case)
     data = list(steps_of_data(run.model.vocab_size, case.micro_batch, mesh.data_parallel_rank, mesh.data_parallel_size,
                               BEFORE + AFTER))
-    return Engine(run, deepspeed_settings(case), mesh), run.model, mesh, data
+    return Engine(run, deepspeed_settings(case), mesh, options=case.options), run.model, mesh, data
 
 
 def save(folder, engine, model, mesh):
@@ -86,11 +86,11 @@ def test_all_pairs(tmp_path, source):
     check(tmp_path, pairs, run_distributed(reshard, 4, tmp_path, pairs, timeout_s=540)[0])
 
 
-def one_process(mesh, folder, sources):
+def one_process(mesh, folder, targets):
     """Load on one process what four wrote, and the other way round is the pieces of one; return losses."""
     found = {}
-    for source in sources:
-        engine, model, cut, data = engine_of(mesh, Case(model=MODEL, stage=2))
+    for source, case in targets.items():
+        engine, model, cut, data = engine_of(mesh, case)
         checkpoint = CheckpointStore(folder / f"{source}").latest_valid(mesh)
         restore(engine.state, model, cut, checkpoint, checkpoint.step)
         save(folder / f"{source}-0", engine, model, cut)
@@ -101,9 +101,9 @@ def one_process(mesh, folder, sources):
 
 def test_from_four_processes_to_one(tmp_path):
     """Other numbers of processes: the folder says where everything lies, nobody converts it."""
-    sources = [2, 8]
-    run_distributed(reshard, 4, tmp_path, [(source, source) for source in sources])
-    check(tmp_path, [(source, 0) for source in sources], run_distributed(one_process, 1, tmp_path, sources)[0])
+    targets = {2: Case(model=MODEL, stage=2), 8: Case(model=MODEL, engine="flat")}
+    run_distributed(reshard, 4, tmp_path, [(source, source) for source in targets])
+    check(tmp_path, [(source, 0) for source in targets], run_distributed(one_process, 1, tmp_path, targets)[0])
 
 
 def files_and_reads(mesh, folder):
