@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_ttl.config.checks import Fault, accumulation
 from megatron_ttl.config.kernels import KernelsConfig
@@ -122,6 +122,11 @@ class DataLoaderConfig(Section):
     """Compare data above 256 MiB with their checksums in the background; smaller ones always are, when opened."""
 
 
+def _no_number(value: Any) -> Any:
+    """Return 1 and 0 as texts, for they are equal to true and false and no choice."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
 class DeepSpeedProfile(Section):
     """The keys of the DeepSpeed JSON that we honour: what changes speed and memory, never the loss curve."""
 
@@ -142,7 +147,7 @@ class DeepSpeedProfile(Section):
     one GPU with bf16 or fp32 and without offloading or wall_clock_breakdown, DeepSpeed otherwise."""
     compile: bool = False
     """Compile the blocks with torch.compile; the first step takes minutes."""
-    cuda_graphs: Literal["auto", True, False] = "auto"
+    cuda_graphs: Annotated[Literal["auto", True, False], BeforeValidator(_no_number)] = "auto"
     """Record the flat engine's step once and replay it; `auto` does on a GPU where a micro batch has at most 16,384
     tokens and data.document_mask is false, and goes on without where it fails."""
     kernels: KernelsConfig | None = None
