@@ -66,6 +66,8 @@ _TABLE: tuple[tuple[Verdict, str, str], ...] = (  # verdict, why, keys; `section
      "zero_optimization.stage3_param_persistence_threshold zero_optimization.stage3_max_live_parameters "
      "zero_optimization.offload_optimizer.device zero_optimization.offload_optimizer.pin_memory "
      "parallel.tensor parallel.pipeline parallel.sequence recompute"),
+    ("allowed", "the same numbers are computed in another way, and the curve stays the same to rounding",
+     "engine compile cuda_graphs kernels.*"),
     ("allowed", "it only measures and compares", "parallel.replica_check_steps wall_clock_breakdown"),
     ("allowed", "it has one value", "data_types.grad_accum_dtype"),
     ("confirm", "forward and backward pass compute in another number format", "bf16.enabled fp16.enabled"),

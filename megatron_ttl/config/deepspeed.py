@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_ttl.config.checks import Fault, accumulation
+from megatron_ttl.config.kernels import KernelsConfig
 from megatron_ttl.config.schema import Section
 
 if TYPE_CHECKING:
@@ -121,6 +122,11 @@ class DataLoaderConfig(Section):
     """Compare data above 256 MiB with their checksums in the background; smaller ones always are, when opened."""
 
 
+def _no_number(value: Any) -> Any:
+    """Return 1 and 0 as texts, for they are equal to true and false and no choice."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
 class DeepSpeedProfile(Section):
     """The keys of the DeepSpeed JSON that we honour: what changes speed and memory, never the loss curve."""
 
@@ -136,6 +142,15 @@ class DeepSpeedProfile(Section):
     """Activations computed again in the backward pass to save memory: outputs of norms and SwiGLU, or whole blocks."""
     wall_clock_breakdown: bool = False
     """Time the parts of a step; it waits for the device, so the run is slower."""
+    engine: Literal["auto", "deepspeed", "flat"] = "auto"
+    """Who steps: `flat` keeps the state of one process in flat buffers and never waits for the device; `auto` is flat on
+    one GPU with bf16 or fp32 and without offloading or wall_clock_breakdown, DeepSpeed otherwise."""
+    compile: bool = False
+    """Compile the blocks with torch.compile; the first step takes minutes."""
+    cuda_graphs: Annotated[Literal["auto", True, False], BeforeValidator(_no_number)] = "auto"
+    """Record the flat engine's step once and replay it; `auto` does on a GPU where a micro batch has at most 16,384
+    tokens and data.document_mask is false, and goes on without where it fails."""
+    kernels: KernelsConfig | None = None
     parallel: ParallelConfig | None = None
     watchdog: WatchdogConfig | None = None
     data_loader: DataLoaderConfig | None = None
@@ -146,6 +161,11 @@ class DeepSpeedProfile(Section):
         if self.bf16 is not None and self.bf16.enabled:
             return "bf16"
         return "fp16" if self.fp16 is not None and self.fp16.enabled else "fp32"
+
+    @property
+    def implementations(self) -> KernelsConfig:
+        """The implementation of each operation, given or not."""
+        return self.kernels or KernelsConfig()
 
     @property
     def cut(self) -> ParallelConfig:
@@ -187,7 +207,6 @@ _NOT_OFFERED = {
     "flops_profiler": "the log line and metrics.jsonl give the MFU, from counted matrix products",
     "comms_logger": "it is not offered in this release",
     "autotuning": "it is not offered in this release",
-    "compile": "it is not offered in this release",
     "data_efficiency": "the order of the data is a function of run.seed of the run file",
     "seed": "run.seed of the run file owns it",
     "timers": "DeepSpeed's throughput timer waits for the device in every micro step and is always off",

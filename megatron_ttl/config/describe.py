@@ -14,6 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from megatron_ttl.config.engine import engine_words
+
 _MOST_SHOWN = 80  # elements of a list: more than a line takes
 _BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false",
@@ -61,7 +63,7 @@ def requirement(field: FieldInfo) -> str:
 
 def _type_words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(repr(choice).replace("'", '"') for choice in get_args(annotation))
+        return "one of " + ", ".join(show(choice) for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
         inner = get_args(annotation)
         if inner[-1] is not Ellipsis:
@@ -158,7 +160,10 @@ def resolved_rows(settings: Any) -> list[dict[str, str]]:
             for name in key.split("."):
                 value = getattr(value, name, None)
             if "[]" not in key:
-                rows.append({"key": key, "value": show(_plain(value)),
+                shown = show(_plain(value))
+                if key == "engine" and value == "auto":
+                    shown += f" (one process: {engine_words(settings.profile, 1, True if settings.device else None)})"
+                rows.append({"key": key, "value": shown,
                              "origin": settings.origins.get(key, "default"), "must be": must_be,
                              "documentation": text})
     return rows

@@ -19,6 +19,7 @@ from megatron_ttl.config.deepspeed import (
 )
 from megatron_ttl.config.degrees import MAX_WORLD_SIZE, degree_faults, world_fault
 from megatron_ttl.config.describe import known_keys, leaf_keys
+from megatron_ttl.config.engine import engine_faults, engine_world_faults
 from megatron_ttl.config.overrides import WHERE as COMMAND_LINE
 from megatron_ttl.config.overrides import apply_overrides
 from megatron_ttl.config.read import parse_json, parse_toml, read_text
@@ -113,7 +114,8 @@ def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
     profile, origin, device, more = _check_profile(deepspeed_text, deepspeed_path)
     faults += more
     wrong = run.wrong | profile.wrong
-    faults += [f"{deepspeed_path}: {key}: {fault}" for key, fault in degree_faults(run.value, profile.value, wrong)]
+    between = [*degree_faults(run.value, profile.value, wrong), *engine_faults(run.value, profile.value, wrong)]
+    faults += [f"{deepspeed_path}: {key}: {fault}" for key, fault in between]
     if world_size is not None:
         faults += _world_faults(run.value, profile.value, deepspeed_path, wrong, world_size)
     allowed = tuple(allow_changes)
@@ -144,6 +146,8 @@ def _world_faults(run: RunFile, profile: DeepSpeedProfile, path: Path, wrong: fr
         return []
     if fault := world_fault(profile, world_size):
         return [f"{path}: parallel: {fault}"]
+    if faults := [f"{path}: {key}: {fault}" for key, fault in engine_world_faults(profile, world_size, None, wrong)]:
+        return faults
     if wrong & {"train", "train.tokens_per_step", "train.sequence_length", "train_micro_batch_size_per_gpu"}:
         return []
     fault = accumulation_fault(run.train.tokens_per_step, run.train.sequence_length,

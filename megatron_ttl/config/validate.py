@@ -171,7 +171,7 @@ def _explain(model: type[BaseModel], plain: dict[str, Any], path: Path, kind: st
 def _advice(field: FieldInfo, value: Any, doc: str) -> str:
     """Return what to do about a value of the wrong kind or out of bounds."""
     wanted = plain_type(field)
-    choices = [str(choice) for choice in get_args(wanted)] if get_origin(wanted) is Literal else []
+    choices = [show(choice).strip('"') for choice in get_args(wanted)] if get_origin(wanted) is Literal else []
     if isinstance(value, str) and choices:
         near = nearest_words(value, choices)
         return did_you_mean(near) if near else f"choose one ({doc})"

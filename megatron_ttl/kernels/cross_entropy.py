@@ -17,7 +17,7 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(counts, wide.logsumexp(-1) - picked, 0.0).sum()
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, scale: float = 1.0, path: str = "torch") -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, scale: float | Tensor = 1.0, path: str = "torch") -> Tensor:
     """Sum the losses of a micro batch.
 
     Args:
@@ -30,4 +30,4 @@ def cross_entropy(logits: Tensor, labels: Tensor, scale: float = 1.0, path: str 
         fp32 scalar, nats times the scale.
     """
     total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-    return total if scale == 1.0 else total * scale
+    return total if isinstance(scale, float) and scale == 1.0 else total * scale

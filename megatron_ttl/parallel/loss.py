@@ -31,7 +31,8 @@ def backward_scale(global_valid_tokens: float, accumulation: int, data_parallel_
     return accumulation * data_parallel_size / global_valid_tokens
 
 
-def loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, parallel: TensorParallel | None = None) -> Tensor:
+def loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, parallel: TensorParallel | None = None,
+             scale: float | Tensor = 1.0, path: str = "torch") -> Tensor:
     """Sum the nats of one micro batch: [b, s, v or v/t], [b, s] -> fp32 scalar, the same on every rank.
 
     Args:
@@ -39,10 +40,12 @@ def loss_sum(logits: Tensor, labels: Tensor, vocab_size: int, parallel: TensorPa
         labels: already shifted; -100 is ignored.
         vocab_size: without padding.
         parallel: the ranks that share the vocabulary.
+        scale: a factor on the sum.
+        path: from `KernelPaths`.
     """
     if parallel is None:
-        return cross_entropy(logits, labels)
-    return _VocabularyParallelCrossEntropy.apply(logits, labels, vocab_size, parallel)
+        return cross_entropy(logits, labels, scale, path)
+    return _VocabularyParallelCrossEntropy.apply(logits, labels, vocab_size, parallel) * scale
 
 
 class _VocabularyParallelCrossEntropy(torch.autograd.Function):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.parallel.plan import Layout, Place
@@ -21,11 +21,11 @@ _CHUNK = 1 << 22  # elements widened to 64 bits at a time: 32 MiB
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
-def replica_faults(engine: Any, mesh: Mesh) -> list[str]:
+def replica_faults(module: nn.Module, mesh: Mesh) -> list[str]:
     """Return what differs between copies, the same on every process; every process must call.
 
     Args:
-        engine: a DeepSpeed engine between two steps.
+        module: this process's part of the model, between two steps; at ZeRO's stage 3 its weights are partitioned.
         mesh: where this process stands.
 
     Returns:
@@ -33,9 +33,9 @@ def replica_faults(engine: Any, mesh: Mesh) -> list[str]:
     """
     if mesh.world_size == 1:
         return []
-    partitioned = engine.zero_optimization_stage() == 3
+    partitioned = any(hasattr(parameter, "ds_tensor") for parameter in module.parameters())
     own = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in module.named_parameters():
         cut = getattr(parameter, "tensor_model_parallel", False)
         if partitioned and cut:
             continue  # every process holds another part

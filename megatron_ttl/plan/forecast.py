@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ttl.config.changes import Change
 from megatron_ttl.config.checks import accumulation
 from megatron_ttl.config.degrees import data_parallel_size_of
+from megatron_ttl.config.engine import engine_words
 from megatron_ttl.config.load import Settings, read_settings
 from megatron_ttl.config.schema import EnergyConfig, RunFile
 from megatron_ttl.console import print_result, print_table
@@ -63,6 +64,7 @@ def forecast(settings: Settings, world_size: int, dataset: CausalLMDataset | Non
         "parameters": parameters,
         "non_embedding_parameters": parameters - 2 * embedding_parameters(model),
         "precision": settings.profile.precision,
+        "engine": engine_words(settings.profile, world_size, True if settings.device else None),
         "zero_stage": settings.profile.zero_optimization.stage,
         "data_parallel_size": data_parallel_size,
         "micro_batch_samples": settings.profile.train_micro_batch_size_per_gpu,

@@ -1,98 +1,79 @@
-"""One optimizer step through DeepSpeed, whatever the layout."""
+"""The model in training: one optimizer step, and measurements between two steps, whatever the layout and the engine."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_ttl.checkpoint.state import restore_weights
+from megatron_ttl.checkpoint.state import TrainedState
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL
 from megatron_ttl.parallel.build import build_part
-from megatron_ttl.parallel.door import deepspeed
-from megatron_ttl.parallel.loss import (
-    backward_scale,
-    exact_nats,
-    loss_sum,
-    most_probable,
-    valid_tokens,
-    whole_vocabulary,
-)
+from megatron_ttl.parallel.loss import exact_nats, loss_sum, most_probable, valid_tokens, whole_vocabulary
 from megatron_ttl.parallel.mesh import Mesh
-from megatron_ttl.parallel.norm import clip_gradients
-from megatron_ttl.parallel.pipeline import LossFunction, MicroBatches, evaluate_pipeline
+from megatron_ttl.parallel.pipeline import LossFunction, MicroBatches
 from megatron_ttl.parallel.recompute import Recompute
 from megatron_ttl.parallel.shard import tensor_parallel_of
+from megatron_ttl.train.deepspeed_drive import DeepSpeedDrive
+from megatron_ttl.train.engine_options import EngineOptions, compile_model
+from megatron_ttl.train.flat_drive import FlatDrive
 from megatron_ttl.train.optimizer import build_optimizer, parameter_groups
+from megatron_ttl.train.step_result import StepResult
 
-_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did; the tensors stay where they were computed until somebody reads them."""
-
-    loss: Tensor
-    """Mean nats per valid token of the global batch, before the update."""
-    grad_norm: Tensor | float
-    """Global norm of the gradient, before clipping."""
-    skipped: bool = False
-    """The gradient was not finite on some process, so no weight moved on any; in fp16 the scale was lowered as well."""
+__all__ = ["Engine", "EngineOptions", "StepResult"]
 
 
 class Engine:
-    """This process's part of the model, its optimizer and DeepSpeed around them."""
+    """This process's part of the model, its optimizer, and one of two drives: DeepSpeed's engine, or flat buffers."""
 
-    def __init__(self, run: RunFile, deepspeed_settings: dict[str, Any], mesh: Mesh,
-                 recompute: Recompute = "none", eos_id: int | None = None) -> None:
-        """Build this process's part from the run's seed and hand it to DeepSpeed.
+    def __init__(self, run: RunFile, deepspeed_settings: dict[str, Any], mesh: Mesh, recompute: Recompute = "none",
+                 eos_id: int | None = None, options: EngineOptions = EngineOptions()) -> None:
+        """Build this process's part from the run's seed and make it ready to train.
 
         Args:
             run: the checked run file.
-            deepspeed_settings: from `resolve_deepspeed`.
+            deepspeed_settings: from `resolve_deepspeed`; the flat drive takes clipping, accumulation and precision from it.
             mesh: from `join`, cut.
             recompute: what blocks forget and compute again.
             eos_id: what ends a document, if attention is to stay within documents.
+            options: the drive, and the implementations of operations.
         """
         self.mesh = mesh
         self.beat: Callable[[], None] = lambda: None  # called before every micro batch: this process moves
         self.accumulation = deepspeed_settings["gradient_accumulation_steps"]
         self._vocab_size = run.model.vocab_size
         self._tensor_parallel = tensor_parallel_of(mesh)
-        self._scale = 1.0
-        self._grad_norm: Tensor | None = None
-        self._stage = deepspeed_settings["zero_optimization"]["stage"]
         self._fp16 = bool(deepspeed_settings.get("fp16", {}).get("enabled"))
-        if not self._fp16 and not deepspeed_settings.get("bf16", {}).get("enabled"):
+        bf16 = bool(deepspeed_settings.get("bf16", {}).get("enabled"))
+        if not self._fp16 and not bf16:
             torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-        model = build_part(run, mesh, recompute, self._scaled_loss, eos_id)
-        initial = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+        self.options = options
+        model = build_part(run, mesh, recompute, self._loss, eos_id)
+        if options.compile:
+            compile_model(model)
         self.decay_groups = parameter_groups(model, run.optimizer)
-        offload = "offload_optimizer" in deepspeed_settings["zero_optimization"]
-        self.optimizer = build_optimizer(self.decay_groups, run.optimizer, mesh.device, offload)
-        settings = dict(deepspeed_settings)
-        if self._stage == 0:
-            # DeepSpeed does not tell the norm at stage 0, and leaves out of it what other stages and ranks hold.
-            clipping, settings["gradient_clipping"] = settings["gradient_clipping"], 0.0
-            self.optimizer.register_step_pre_hook(lambda *_: self._clip(clipping))
-        if mesh.layout.pipeline > 1:
-            # Left to itself DeepSpeed sends each tensor rank's part of what it takes for one tensor on all of them;
-            # with sequence parallelism they hold different tokens.
-            settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
-        with contextlib.redirect_stdout(io.StringIO()):  # memory reports that DeepSpeed prints unasked
-            mpu = {} if mesh.layout.pipeline > 1 else {"mpu": mesh.grid}  # a pipeline stage brings its own
-            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings,
-                                                      dist_init_required=False, **mpu)
-        # DeepSpeed makes its fp32 masters from bf16 copies; give them the bits that were drawn, so that the initial
-        # weights are the same in every dtype.
-        restore_weights(self.deepspeed, mesh, initial)
+        self._drive: DeepSpeedDrive | FlatDrive
+        if options.kind == "flat":
+            assert mesh.world_size == 1 and not self._fp16
+            self._drive = FlatDrive(model, self.decay_groups, run.optimizer, deepspeed_settings["gradient_clipping"],
+                                    torch.bfloat16 if bf16 else torch.float32, mesh.device, self._loss, options)
+        else:
+            offload = "offload_optimizer" in deepspeed_settings["zero_optimization"]
+            optimizer = build_optimizer(self.decay_groups, run.optimizer, mesh.device, offload)
+            self._drive = DeepSpeedDrive(model, optimizer, deepspeed_settings, mesh, self._loss)
+
+    @property
+    def module(self) -> nn.Module:
+        """This process's part of the model, as it trains: weights in the training's dtype, maybe partitioned."""
+        return self._drive.module
+
+    @property
+    def state(self) -> TrainedState:
+        """Masters and moments, to be captured and restored."""
+        return self._drive.state
 
     @property
     def device(self) -> torch.device:
@@ -139,13 +120,12 @@ class Engine:
         """Compute numbers of each row from its logits, without gradients: [b, s], [b, s] -> [b, width]."""
         self.beat()
         if self.mesh.layout.pipeline > 1:
-            rows = evaluate_pipeline(self.deepspeed, input_ids, labels, measure)
+            assert isinstance(self._drive, DeepSpeedDrive)
+            rows = self._drive.pipeline_rows(input_ids, labels, measure)
         else:
-            self.deepspeed.eval()
             with torch.no_grad():
-                logits = self.deepspeed(input_ids.to(self.device, non_blocking=True))
+                logits = self._drive.logits(input_ids.to(self.device, non_blocking=True))
                 rows = measure(logits, labels.to(self.device, non_blocking=True))
-            self.deepspeed.train()
         return self.mesh.from_last_stage(rows, (len(input_ids), width))
 
     def train_step(self, micro_batches: MicroBatches, lr: float, global_tokens: int | None = None) -> StepResult:
@@ -160,24 +140,14 @@ class Engine:
         if global_tokens is None:
             # A step without a single label has no gradient; it is no fault.
             global_tokens = int(self.mesh.sum_data_parallel(valid_tokens(micro_batches))[0]) or 1
-        self._scale = backward_scale(global_tokens, self.accumulation, self.mesh.data_parallel_size)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if self.mesh.layout.pipeline > 1:
-            # Its mean over micro batches and data parallel undoes the scale: it is the global mean.
-            loss = self.deepspeed.train_batch(self._moving(micro_batches))
-        else:
-            loss = self._accumulate(micro_batches)
-        if self._stage == 0:
-            assert self._grad_norm is not None
-            return StepResult(loss, self._grad_norm, not bool(self._grad_norm.isfinite()))
-        # DeepSpeed's own stages agree on it over all processes, and leave weights, moments and masters as they are.
-        skipped = bool(self.deepspeed.optimizer.overflow)
-        return StepResult(loss, math.inf if skipped else self.deepspeed.get_global_grad_norm(), skipped)
+        return self._drive.step(micro_batches, lr, global_tokens, lambda: self.beat())
 
     def loss_scale_row(self, skipped: int) -> dict[str, float]:
         """Return what fp16 adds to a row of metrics; nothing in other precisions."""
-        return {"loss_scale": float(self.deepspeed.optimizer.cur_scale), "skipped_steps": skipped} if self._fp16 else {}
+        if not self._fp16:
+            return {}
+        assert isinstance(self._drive, DeepSpeedDrive)
+        return {"loss_scale": self._drive.loss_scale, "skipped_steps": skipped}
 
     @property
     def scales_loss(self) -> bool:
@@ -187,39 +157,20 @@ class Engine:
     @property
     def loss_scaler(self) -> dict[str, float] | None:
         """State of fp16's loss scale, which a resumed run goes on with; None in other precisions."""
-        if not self._fp16:
-            return None
-        return {key: getattr(self.deepspeed.optimizer.loss_scaler, key) for key in _SCALER_STATE}
+        return self._drive.loss_scaler if isinstance(self._drive, DeepSpeedDrive) else None
 
     @loss_scaler.setter
     def loss_scaler(self, state: dict[str, float] | None) -> None:
-        for key, value in (state or {}).items() if self._fp16 else ():
-            setattr(self.deepspeed.optimizer.loss_scaler, key, value)
-
-    def _accumulate(self, micro_batches: MicroBatches) -> Tensor:
-        total = torch.zeros((), device=self.device)
-        for input_ids, labels in self._moving(micro_batches):
-            logits = self.deepspeed(input_ids.to(self.device, non_blocking=True))
-            loss = self._scaled_loss(logits, labels.to(self.device, non_blocking=True))
-            self.deepspeed.backward(loss)
-            self.deepspeed.step()
-            total += loss.detach()
-        return self.mesh.sum_tensor_data_parallel(total) / (self.accumulation * self.mesh.data_parallel_size)
-
-    def _moving(self, micro_batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
-        for micro_batch in micro_batches:
-            self.beat()
-            yield micro_batch
-
-    def _scaled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return loss_sum(logits, labels, self._vocab_size, self._tensor_parallel) * self._scale
-
-    def _clip(self, clipping: float) -> None:
-        self._grad_norm = clip_gradients(self.deepspeed.module.parameters(), clipping, self.mesh)
-        if not self._grad_norm.isfinite():
-            for parameter in self.deepspeed.module.parameters():
-                parameter.grad = None  # which is how torch's optimizers leave a parameter and its moments alone
+        if isinstance(self._drive, DeepSpeedDrive):
+            self._drive.loss_scaler = state
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the model and free its buffers."""
-        self.deepspeed.destroy()
+        """Take hooks off the model and free what is freed by hand."""
+        self._drive.close()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self._scaled_loss(logits, labels)
+
+    def _scaled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return loss_sum(logits, labels, self._vocab_size, self._tensor_parallel, self._drive.scale,
+                        self.options.paths.cross_entropy)

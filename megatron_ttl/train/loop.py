@@ -20,12 +20,13 @@ from megatron_ttl.parallel.mesh import join, leave
 from megatron_ttl.parallel.replicas import replica_faults
 from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.anomalies import DivergedError
-from megatron_ttl.train.engine import StepResult
 from megatron_ttl.train.evaluation import evaluate
 from megatron_ttl.train.failure import siblings_watched, told_once, waiting_for_peers
+from megatron_ttl.train.garbage import QuietCollector
 from megatron_ttl.train.ledger import MAX_USEFUL_EPOCHS
 from megatron_ttl.train.run_lock import RunLock
 from megatron_ttl.train.session import Session, prepare
+from megatron_ttl.train.step_result import RunAhead, StepResult
 from megatron_ttl.train.stop import StopRequest
 from megatron_ttl.train.switches import Switches
 from megatron_ttl.train.watchdog import Watchdog
@@ -66,8 +67,15 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
     run, mesh, state, engine, watchdog = session.run, session.mesh, session.state, session.engine, session.watchdog
     total_steps = run.total_steps
     interval = Interval()
+
+    def deal_with(launched: Launched, skipped: bool) -> None:
+        state.updates += not skipped
+        interval.add(launched, skipped)
+        judge(session, launched, skipped)
+
+    ahead, collector = RunAhead(deal_with), QuietCollector()
     switches = Switches(session.folder.path, looks=mesh.is_first)
-    with closing(_batches(session)) as batches, session.energy, session.metrics, session.saver:
+    with closing(_batches(session)) as batches, session.energy, session.metrics, session.saver, collector:
         while state.step < total_steps:
             # one step: micro batches forward and backward, gradients reduced, weights moved
             with watchdog.section("step"):
@@ -75,35 +83,40 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
                 micro_batches = next(batches)
                 lr = session.schedule.at(state.step + 1)
                 if run.train.leaves_out(state.step + 1):
+                    ahead.drain()
                     leave_out(session)
                 else:
                     result = engine.train_step(micro_batches, lr, session.labels_per_step)
-                    state.advance(run, moved=not result.skipped)
-                    interval.add(result, batches.wait_s)
-                    judge(session, result)
+                    state.advance(run)
+                    ahead.launched(Launched(state.step, result, batches.wait_s), result.skipped)
                 watchdog.beat(state.step)
                 stop_file, save_file = switches.asked()
                 votes = mesh.sum(stop.is_set or stop_file, save_file, session.saver.written)
             asked_to_stop, asked_to_save, written = votes[0] > 0, votes[1] > 0, votes[2] == mesh.world_size
             at_end = state.step == total_steps or asked_to_stop
+            collector.settle()
 
             # what was begun some steps ago is on the disk, everywhere
             if written:
                 settle(session)
 
-            # once in a while: say how it goes
-            at_cadence = state.step % run.checkpoint.every_steps == 0
+            # once in a while: wait for the step that was launched, and say how it goes
+            cadences = (run.log.every_steps, run.checkpoint.every_steps, run.evaluation.every_steps, session.replica_check_steps)
+            logs, keeps, measures, compares = (bool(every) and state.step % every == 0 for every in cadences)
+            if at_end or asked_to_save or logs or keeps or measures or compares:
+                with watchdog.section("step"):
+                    ahead.drain()
             # What skipped steps leave behind is not new, and must not push out older and perhaps better ones.
-            due = at_end or asked_to_save or (at_cadence and not session.nonfinite.in_a_row)
-            if due or state.step % run.log.every_steps == 0:
+            due = at_end or asked_to_save or (keeps and not session.nonfinite.in_a_row)
+            if due or logs:
                 report_spikes(session)
                 report_repeats(session)
-            if interval.steps and (at_end or state.step % run.log.every_steps == 0):
+            if interval.steps and (at_end or logs):
                 session.metrics.row(interval.row(session, lr))
                 interval = Interval()
 
             # once in a while: see that all processes still train one model
-            if session.replica_check_steps and (due or state.step % session.replica_check_steps == 0):
+            if compares or (due and session.replica_check_steps):
                 with interval.paused(), watchdog.section("step"):
                     compare_replicas(session)
 
@@ -113,22 +126,20 @@ def train(session: Session, stop: StopRequest) -> ExitCode:
                     interval.mean_loss(session)
                 with interval.paused(), watchdog.section("save"):
                     kept = save(session, last=at_end, waits=asked_to_save or not run.checkpoint.asynchronous)
+                    collector.collect()
                 switches.honoured(asked_to_stop, kept)
 
             # once in a while, and at the end: measure on text it never saw
-            cadence = run.evaluation.every_steps
-            if cadence and not asked_to_stop and (at_end or state.step % cadence == 0):
+            if not asked_to_stop and (measures or (at_end and run.evaluation.every_steps)):
                 with interval.paused(), watchdog.section("evaluate"):
                     evaluate(session, stop)
+                    collector.collect()
 
             # asked to stop: it is kept, leave with the code that says so
             if asked_to_stop and state.step < total_steps:
                 session.say(f"stopped at step {state.step} with a checkpoint; the same command goes on from here")
                 return ExitCode.PREEMPTED
-    for prefix in session.data_check.unfinished:
-        session.say(f"note: the run was over before {prefix} was compared with its checksum; `tools/inspect_data.py "
-                    f"--verify --prefix {prefix}` does that")
-    session.say(f"done: {total_steps} steps, {state.consumed_tokens:,} tokens; {session.folder.path}")
+    report_end(session)
     return ExitCode.DONE
 
 
@@ -137,6 +148,15 @@ def _batches(session: Session) -> StepBatches:
     return StepBatches(session.dataset, run.samples_per_step, session.micro_batch, rank=mesh.data_parallel_rank,
                        world_size=mesh.data_parallel_size, consumed_samples=session.state.consumed_samples,
                        pin_memory=session.engine.device.type == "cuda")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way: its number, what it will have computed, and how long it waited for its data."""
+
+    step: int
+    result: StepResult
+    wait_s: float
 
 
 @dataclass
@@ -152,16 +172,16 @@ class Interval:
     started: float = field(default_factory=time.perf_counter)
     paused_s: float = 0.0
 
-    def add(self, result: StepResult, wait_s: float) -> None:
+    def add(self, launched: Launched, skipped: bool) -> None:
         """Count one step; of one that moved no weight neither loss nor norm say anything."""
         self.steps += 1
-        self.wait_s += wait_s
-        if result.skipped:
+        self.wait_s += launched.wait_s
+        if skipped:
             self.skipped += 1
         else:
-            self.loss = self.loss + result.loss
-            self.grad_norm = result.grad_norm
-            self.norms = self.norms + result.grad_norm
+            self.loss = self.loss + launched.result.loss
+            self.grad_norm = launched.result.grad_norm
+            self.norms = self.norms + launched.result.grad_norm
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -201,26 +221,28 @@ class Interval:
 def leave_out(session: Session) -> None:
     """Pass over a step that the run file leaves out: its samples are never read again, and no weight moves."""
     state = session.state
-    state.advance(session.run, moved=False)
+    state.advance(session.run)
     session.ledger.leave_out(state.consumed_samples - session.run.samples_per_step, state.consumed_samples)
     session.say(f"step {state.step}: left out (train.skip_steps)")
     session.metrics.row({"event": "left out", "step": state.step, "tokens": state.consumed_tokens,
                          **session.samples_of(state.step)})
 
 
-def judge(session: Session, result: StepResult) -> None:
+def judge(session: Session, launched: Launched, skipped: bool) -> None:
     """Count a step whose gradient is not finite; alike on every process, for such a gradient reaches all of them.
 
     Raises:
         DivergedError: there were too many in a row.
     """
-    step, fault = session.state.step, result.skipped and not session.engine.scales_loss
-    if not result.skipped:
-        session.spikes.observe(step, result.loss, result.grad_norm)
+    step, fault = launched.step, skipped and not session.engine.scales_loss
+    if not skipped:
+        session.spikes.observe(step, launched.result.loss, launched.result.grad_norm)
     warning = session.nonfinite.count(step, fault, kept_steps(session) if fault else [])
     if warning:
         session.say(warning)
-        session.metrics.row({"event": "skip", "step": step, "tokens": session.state.consumed_tokens,
+        later = session.state.step - step
+        session.metrics.row({"event": "skip", "step": step,
+                             "tokens": session.state.consumed_tokens - later * session.run.train.tokens_per_step,
                              **session.samples_of(step)})
 
 
@@ -253,13 +275,21 @@ def report_repeats(session: Session) -> None:
         session.say(f"warning: step {state.step}: {prefix} has now been read more than {MAX_USEFUL_EPOCHS} times")
 
 
+def report_end(session: Session) -> None:
+    """Say that the run is over, and what of the data was not yet compared with its checksum."""
+    for prefix in session.data_check.unfinished:
+        session.say(f"note: the run was over before {prefix} was compared with its checksum; `tools/inspect_data.py "
+                    f"--verify --prefix {prefix}` does that")
+    session.say(f"done: {session.run.total_steps} steps, {session.state.consumed_tokens:,} tokens; {session.folder.path}")
+
+
 def compare_replicas(session: Session) -> None:
     """See that copies of weights on several processes are equal bit for bit.
 
     Raises:
         DivergedError: they are not; nothing of this state may be kept.
     """
-    faults = replica_faults(session.engine.deepspeed, session.mesh)
+    faults = replica_faults(session.engine.module, session.mesh)
     if faults:
         kept = max(session.folder.store.steps(), default=0)
         raise DivergedError(f"step {session.state.step}: copies of a weight differ; they must be equal bit for bit; a "
@@ -284,7 +314,7 @@ def save(session: Session, last: bool = False, waits: bool = False) -> bool:
     began = time.perf_counter()
     if session.saver.pending:
         settle(session)
-    pieces = capture(session.engine.deepspeed, session.run.model, session.mesh)
+    pieces = capture(session.engine.state, session.run.model, session.mesh)
     session.saver.begin(session.state.step, pieces, session.record(last))
     session.saver.stall_s = time.perf_counter() - began
     return settle(session, last) if last or waits else False

@@ -13,6 +13,7 @@ from megatron_ttl.checkpoint.state import outline, restore
 from megatron_ttl.checkpoint.store import Checkpoint
 from megatron_ttl.config.deepspeed import resolve_deepspeed
 from megatron_ttl.config.degrees import data_parallel_size_of, device_faults
+from megatron_ttl.config.engine import engine_world_faults
 from megatron_ttl.config.load import Settings
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.data.background_check import BackgroundCheck
@@ -27,6 +28,7 @@ from megatron_ttl.train.anomalies import NonFiniteSteps, SpikeDetector
 from megatron_ttl.train.changed_settings import with_recorded_skips
 from megatron_ttl.train.energy import EnergyMeter, carry_on
 from megatron_ttl.train.engine import Engine
+from megatron_ttl.train.engine_options import engine_options
 from megatron_ttl.train.failure import end_process
 from megatron_ttl.train.ledger import MAX_USEFUL_EPOCHS, Ledger
 from megatron_ttl.train.metrics import MetricLogger
@@ -50,10 +52,9 @@ class TrainState:
     """Steps that moved the weights; Adam corrects its moments by it."""
     failed_saves: int = 0
 
-    def advance(self, run: RunFile, moved: bool = True) -> None:
-        """Count one optimizer step; `moved` is false where it left the weights alone."""
+    def advance(self, run: RunFile) -> None:
+        """Count one optimizer step that was launched or left out; whether it moved the weights may be known later."""
         self.step += 1
-        self.updates += moved
         self.consumed_samples += run.samples_per_step
         self.consumed_tokens += run.train.tokens_per_step
 
@@ -158,7 +159,10 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     """
     settings = with_recorded_skips(settings)
     run, profile = settings.run, settings.profile
-    raise_faults(ConfigError, device_faults(settings, mesh.device.type == "cuda"))
+    cuda = mesh.device.type == "cuda"
+    raise_faults(ConfigError, [*device_faults(settings, cuda),
+                               *(f"{settings.deepspeed_path}: {key}: {fault}"
+                                 for key, fault in engine_world_faults(profile, mesh.world_size, cuda))])
     dataset, held_out = open_data(run)
     signals = open_signals(run, dataset)
     resolved = resolve_deepspeed(settings, data_parallel_size_of(settings, mesh.world_size))
@@ -170,7 +174,8 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     folder = RunFolder(settings, lock)
     checkpoint = _claim(folder, mesh)
     seed_everything(run.run.seed)
-    engine = Engine(run, resolved, mesh, profile.recompute, dataset.eos_id)
+    engine = Engine(run, resolved, mesh, profile.recompute, dataset.eos_id,
+                    engine_options(run, profile, mesh.world_size, mesh.device))
     carried = checkpoint.record if checkpoint else {}
     if mesh.is_first:
         folder.describe(resolved, environment_report(), tokenizer_directory(dataset))
@@ -228,7 +233,7 @@ def _claim(folder: RunFolder, mesh: Mesh) -> Checkpoint | None:
 def _resume(session: Session, checkpoint: Checkpoint) -> None:
     record, state = checkpoint.record, session.state
     state.updates = record.get("updates", record["step"])  # the first releases counted no skipped steps
-    restore(session.engine.deepspeed, session.run.model, session.mesh, checkpoint, state.updates)
+    restore(session.engine.state, session.run.model, session.mesh, checkpoint, state.updates)
     session.engine.loss_scaler = record.get("loss_scaler")
     session.spikes.load(record.get("spikes"))
     state.step = record["step"]
@@ -248,11 +253,12 @@ def _introduce(session: Session, checkpoint: Checkpoint | None) -> None:
                 "(accumulation x micro batch x sequence x data parallel)")
     if session.mesh.layout.tensor * session.mesh.layout.pipeline > 1:
         session.say(f"layout: {session.mesh.layout}")
+    session.say(f"engine: {session.engine.options}")
     # With a pipeline these are the first stage's.
     session.say("; ".join(f"{len(group['names'])} tensors with weight decay {group['weight_decay']}"
                           for group in session.engine.decay_groups)
                 + f"; {_packing_line(dataset)}")
-    pieces = outline(session.engine.deepspeed, run.model, session.mesh)
+    pieces = outline(session.engine.state, run.model, session.mesh)
     needed = session.folder.store.bytes_needed(pieces, session.record(), session.mesh)
     session.say(f"a checkpoint needs {human_bytes(needed)}, {human_bytes(free_bytes(session.folder.path))} are free")
     _warn_of_repeats(session)

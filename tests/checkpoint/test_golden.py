@@ -49,7 +49,7 @@ def go_on(mesh, version, case):
     run = RunFile.model_validate_json(json.dumps(checkpoint.record["run"]))
     mesh = mesh.cut(case.tensor, case.pipeline, case.sequence)
     engine = Engine(run, deepspeed_settings(case), mesh)
-    restore(engine.deepspeed, run.model, mesh, checkpoint, checkpoint.step)
+    restore(engine.state, run.model, mesh, checkpoint, checkpoint.step)
     data = list(steps_of_data(run.model.vocab_size, 6, mesh.data_parallel_rank, mesh.data_parallel_size, steps=6))
     return [float(engine.train_step(micro_batches, 1e-3).loss) for micro_batches in data[3:]]
 

@@ -37,7 +37,7 @@ def test_the_table_names_keys_that_are_there_and_each_once():
     keys = set(named) - {f"{name}.*" for name in sections} - set(CONTENT_KEYS)
     assert keys <= values(RunFile) | values(DeepSpeedProfile)
     # A section is free as a whole only where no key of it can ever touch the curve.
-    assert sections == {"evaluation", "log", "energy", "checkpoint", "watchdog", "data_loader"}
+    assert sections == {"evaluation", "log", "energy", "checkpoint", "watchdog", "data_loader", "kernels"}
 
 
 def in_force(settings, content=CONTENT):
@@ -79,6 +79,9 @@ PROFILE_CHANGES = [
     ("allowed", "parallel.pipeline", {"parallel": {"pipeline": 2}}, {}),
     ("allowed", "parallel.replica_check_steps", {"parallel": {"replica_check_steps": None}}, {}),
     ("allowed", "recompute", {"recompute": "full"}, {}),
+    ("allowed", "engine", {"engine": "flat"}, {}), ("allowed", "compile", {"compile": True}, {}),
+    ("allowed", "cuda_graphs", {"cuda_graphs": False}, {}),
+    ("allowed", "kernels.adamw", {"kernels": {"adamw": "torch"}}, {"kernels": {"adamw": "cuda"}}),
     ("allowed", "wall_clock_breakdown", {"wall_clock_breakdown": True}, {}),
     ("confirm", "bf16.enabled", BF16, {}), ("confirm", "fp16.enabled", FP16, {}),
     ("confirm", "bf16.enabled", {}, BF16), ("confirm", "fp16.enabled", {}, FP16),

@@ -8,7 +8,7 @@ from layout_runs import Case, deepspeed_settings, run_of, steps_of_data
 
 from megatron_ttl.parallel.replicas import checksum, replica_faults
 from megatron_ttl.testing import run_distributed
-from megatron_ttl.train import engine as engine_module
+from megatron_ttl.train import deepspeed_drive
 from megatron_ttl.train.engine import Engine
 
 
@@ -33,13 +33,13 @@ def flip(mesh, case, victim, name):
     engine = Engine(run, deepspeed_settings(case), mesh)
     engine.train_step(next(steps_of_data(run.model.vocab_size, case.micro_batch, mesh.data_parallel_rank,
                                          mesh.data_parallel_size)), 1e-3)
-    before = replica_faults(engine.deepspeed, mesh)
+    before = replica_faults(engine.module, mesh)
     if mesh.rank == victim:
-        parameter = dict(engine.deepspeed.module.named_parameters())[name]
+        parameter = dict(engine.module.named_parameters())[name]
         tensor = parameter.ds_tensor if case.stage == 3 else parameter.data
         bits = tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).flatten()
         bits[3] ^= 1
-    return before, replica_faults(engine.deepspeed, mesh)
+    return before, replica_faults(engine.module, mesh)
 
 
 @pytest.mark.parametrize(("case", "victim", "name", "others"), [
@@ -72,13 +72,13 @@ def skip_a_clip(mesh, victim):
     case = Case(tensor=2, data=2, stage=0)
     run = run_of(case)
     mesh = mesh.cut(2)
-    real = engine_module.clip_gradients
+    real = deepspeed_drive.clip_gradients
     if mesh.rank == victim:
-        engine_module.clip_gradients = lambda parameters, clipping, mesh: real(parameters, 0.0, mesh)
+        deepspeed_drive.clip_gradients = lambda parameters, clipping, mesh: real(parameters, 0.0, mesh)
     engine = Engine(run, deepspeed_settings(case), mesh)
     for micro_batches in steps_of_data(run.model.vocab_size, case.micro_batch, mesh.data_parallel_rank, 2, steps=2):
         engine.train_step(micro_batches, 1e-3)
-    return replica_faults(engine.deepspeed, mesh)
+    return replica_faults(engine.module, mesh)
 
 
 def test_a_skipped_clip_is_found():

@@ -69,6 +69,6 @@ def _count(mesh, deepspeed_path: str, run_path: str) -> tuple[dict[str, float], 
     for step in range(3):  # ZeRO 3 learns in the first step what will be needed when
         with counted if step == 2 else nullcontext():
             engine.train_step([(ids, ids)] * engine.accumulation, 1e-3, run.train.tokens_per_step)
-    weights = sum(getattr(p, "ds_numel", p.numel()) for p in engine.deepspeed.module.parameters())
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     engine.close()
     return counted.sent, weights

@@ -11,7 +11,7 @@ from megatron_ttl.checkpoint.state import capture
 from megatron_ttl.kernels.cross_entropy import cross_entropy
 from megatron_ttl.model.llama import build_model
 from megatron_ttl.testing import tiny_model, tiny_run
-from megatron_ttl.train.engine import Engine
+from megatron_ttl.train.engine import Engine, EngineOptions
 from megatron_ttl.train.optimizer import build_optimizer, parameter_groups
 
 STEPS, BATCH, SEQUENCE, CLIPPING = 10, 24, 32, 0.3
@@ -38,13 +38,19 @@ class Case:
     precision: str = "fp32"
     micro_batch: int = 6
     offload: bool = False
+    engine: str = "deepspeed"
+
+    @property
+    def options(self):
+        return EngineOptions(self.engine)
 
     @property
     def world_size(self):
         return self.tensor * self.pipeline * self.data
 
     def __str__(self):
-        words = [f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}-zero{self.stage}", self.model.replace(" ", "_")]
+        layout = f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}-zero{self.stage}"
+        words = ["flat" if self.engine == "flat" else layout, self.model.replace(" ", "_")]
         words += ["sequence"] * self.sequence + ["offload"] * self.offload
         words += [word for word in (self.recompute, self.precision) if word not in ("none", "fp32")]
         return "-".join(words)
@@ -122,11 +128,11 @@ def train_case(mesh, case, clipping=CLIPPING):
     """Train under a layout; return losses and norms [2, steps], and this process's pieces of the final state."""
     run = run_of(case)
     mesh = mesh.cut(case.tensor, case.pipeline, case.sequence)
-    engine = Engine(run, deepspeed_settings(case, clipping), mesh, case.recompute)
+    engine = Engine(run, deepspeed_settings(case, clipping), mesh, case.recompute, options=case.options)
     data = steps_of_data(run.model.vocab_size, case.micro_batch, mesh.data_parallel_rank, mesh.data_parallel_size)
     results = [engine.train_step(micro_batches, run.optimizer.lr) for micro_batches in data]
     curve = torch.tensor([[float(r.loss) for r in results], [float(r.grad_norm) for r in results]], dtype=torch.float64)
-    pieces = capture(engine.deepspeed, run.model, mesh)
+    pieces = capture(engine.state, run.model, mesh)
     engine.close()
     return curve, pieces
 

@@ -20,6 +20,7 @@ from megatron_ttl.train.engine import Engine
 CASES = [Case(stage=stage) for stage in range(4)]
 CASES += [Case(stage=stage, precision="bf16") for stage in (1, 2, 3)]
 CASES += [Case(stage=stage, offload=True) for stage in (1, 2, 3)]
+CASES += [Case(engine="flat"), Case(engine="flat", precision="bf16")]
 SHARED = [Case(data=2, stage=stage) for stage in range(4)]
 SHARED += [Case(tensor=2, stage=0), Case(tensor=2), Case(tensor=2, sequence=True, precision="bf16"), Case(pipeline=2),
            Case(pipeline=2, stage=0), Case(pipeline=2, precision="bf16")]
@@ -30,19 +31,19 @@ def with_a_bad_step(mesh, cases, value):
     found = {}
     for case in cases:
         run, cut = run_of(case), mesh.cut(case.tensor, case.pipeline, case.sequence)
-        engine = Engine(run, deepspeed_settings(case), cut)
+        engine = Engine(run, deepspeed_settings(case), cut, options=case.options)
         data = list(steps_of_data(run.model.vocab_size, case.micro_batch, cut.data_parallel_rank, cut.data_parallel_size))
         results = [engine.train_step(micro_batches, 1e-2) for micro_batches in data[:3]]
-        before = capture(engine.deepspeed, run.model, cut)
-        owner, name = (engine.deepspeed.module, "loss_fn") if case.pipeline > 1 else (engine, "_scaled_loss")
+        before = capture(engine.state, run.model, cut)
+        owner, name = (engine.module, "loss_fn") if case.pipeline > 1 else (engine, "_scaled_loss")
         real = getattr(owner, name)
         setattr(owner, name, lambda *rest, real=real: real(*rest) * (value if mesh.rank == mesh.world_size - 1 else 1.0))
         results.append(engine.train_step(data[3], 1e-2))
         setattr(owner, name, real)
-        after = capture(engine.deepspeed, run.model, cut)
+        after = capture(engine.state, run.model, cut)
         results.append(engine.train_step(data[4], 1e-2))
-        found[case] = ([(float(r.loss), float(r.grad_norm), r.skipped) for r in results], before, after,
-                       capture(engine.deepspeed, run.model, cut))
+        found[case] = ([(float(r.loss), float(r.grad_norm), bool(r.skipped)) for r in results], before, after,
+                       capture(engine.state, run.model, cut))
         engine.close()
     return found
 
@@ -52,11 +53,11 @@ def without_it(mesh, cases):
     found = {}
     for case in cases:
         run, cut = run_of(case), mesh.cut(case.tensor, case.pipeline, case.sequence)
-        engine = Engine(run, deepspeed_settings(case), cut)
+        engine = Engine(run, deepspeed_settings(case), cut, options=case.options)
         data = list(steps_of_data(run.model.vocab_size, case.micro_batch, cut.data_parallel_rank, cut.data_parallel_size))
         for number in (0, 1, 2, 4):
             engine.train_step(data[number], 1e-2)
-        found[case] = capture(engine.deepspeed, run.model, cut)
+        found[case] = capture(engine.state, run.model, cut)
         engine.close()
     return found
 

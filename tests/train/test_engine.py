@@ -17,6 +17,8 @@ from megatron_ttl.train.engine import Engine
 
 ACCUMULATIONS = [Case(stage=stage, precision=precision, micro_batch=micro_batch) for precision in ("fp32", "bf16")
                  for stage in range(precision == "bf16", 4) for micro_batch in (24, 12, 3)]
+ACCUMULATIONS += [Case(engine="flat", precision=precision, micro_batch=micro_batch) for precision in ("fp32", "bf16")
+                  for micro_batch in (24, 12, 3)]
 
 
 def test_every_accumulation_equals_a_plain_torch_loop():
@@ -27,6 +29,9 @@ def test_every_accumulation_equals_a_plain_torch_loop():
     for case, (curve, _) in curves.items():
         error = (curve - references[case.precision, case.micro_batch]).abs().amax(1)
         assert error.max() < (5e-4 if case.precision == "bf16" else 1e-6), (case, error)
+        if case.engine == "flat":
+            theirs = curves[replace(case, engine="deepspeed")][0]
+            assert (curve - theirs).abs().max() < (9e-5 if case.precision == "bf16" else 1e-6), (case, curve - theirs)
     for precision, bound in (("fp32", 1e-6), ("bf16", 5e-4)):
         for micro in (12, 3):
             assert (references[precision, micro] - references[precision, 24]).abs().max() < bound
@@ -34,7 +39,8 @@ def test_every_accumulation_equals_a_plain_torch_loop():
 
 def clipped_and_not(mesh, case):
     """Plain Adam would not notice a scaled gradient; its epsilon, large here, does."""
-    return [train_case(mesh, replace(case, stage=stage), clipping) for stage in (0, 1, 2, 3) for clipping in (0.0, 0.01)]
+    kinds = [{"stage": stage} for stage in (0, 1, 2, 3)] + [{"engine": "flat"}]
+    return [train_case(mesh, replace(case, **kind), clipping) for kind in kinds for clipping in (0.0, 0.01)]
 
 
 def test_clipping_really_clips():
@@ -53,8 +59,8 @@ def initial_states(mesh, cases):
     found = {}
     for case in cases:
         cut = mesh.cut(case.tensor, case.pipeline, case.sequence)
-        engine = Engine(run_of(case), deepspeed_settings(case), cut)
-        found[case] = capture(engine.deepspeed, run_of(case).model, cut)
+        engine = Engine(run_of(case), deepspeed_settings(case), cut, options=case.options)
+        found[case] = capture(engine.state, run_of(case).model, cut)
         engine.close()
     return found
 
@@ -78,7 +84,7 @@ def held_out(mesh, case):
     """Evaluate windows of another number and length than training's between two steps; return nats and later losses."""
     run = run_of(case)
     mesh = mesh.cut(case.tensor, case.pipeline, case.sequence)
-    engine = Engine(run, deepspeed_settings(case), mesh, case.recompute)
+    engine = Engine(run, deepspeed_settings(case), mesh, case.recompute, options=case.options)
     data = list(steps_of_data(run.model.vocab_size, case.micro_batch, mesh.data_parallel_rank, mesh.data_parallel_size))
     losses = [float(engine.train_step(data[0], 1e-3).loss)]
     nats = [engine.held_out_nats(*windows(run.model.vocab_size, rows)) for rows in (7, 2, 13)]
@@ -97,7 +103,8 @@ def windows(vocab_size, rows, length=20):
 @pytest.mark.parametrize("case", [
     Case(), Case(stage=3, recompute="full"), Case(tensor=2, model="odd vocabulary", sequence=True),
     Case(pipeline=2, recompute="selective"), Case(tensor=2, pipeline=2, model="odd vocabulary", sequence=True),
-    Case(pipeline=2, data=2, model="odd vocabulary"), Case(data=2, stage=3)], ids=str)
+    Case(pipeline=2, data=2, model="odd vocabulary"), Case(data=2, stage=3), Case(engine="flat", recompute="selective")],
+    ids=str)
 def test_held_out_loss_in_the_middle_of_training(case):
     """Ragged batches and another length give one process's sums to fp64, and training goes on as if nothing was."""
     reference, losses = run_distributed(held_out, 1, Case(model=case.model))[0]
@@ -115,7 +122,7 @@ def test_held_out_loss_is_the_models():
 
 
 def untrained_nats(mesh, case):
-    engine = Engine(run_of(case), deepspeed_settings(case), mesh)
+    engine = Engine(run_of(case), deepspeed_settings(case), mesh, options=case.options)
     return engine.held_out_nats(*windows(run_of(case).model.vocab_size, 7))
 
 
@@ -125,14 +132,14 @@ def saved_bytes(mesh, case):
     found = {}
     for recompute in ("none", "selective", "full"):
         engine = Engine(run, deepspeed_settings(case), mesh, recompute)
-        kept = {p.data_ptr(): 0 for p in engine.deepspeed.module.parameters()}
+        kept = {p.data_ptr(): 0 for p in engine.module.parameters()}
 
         def keep(tensor, kept=kept):
             kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = engine.deepspeed(next(steps_of_data(run.model.vocab_size, 6))[0][0])
+            logits = engine.module(next(steps_of_data(run.model.vocab_size, 6))[0][0])
         found[recompute] = sum(kept.values()) - logits.numel() * 4
         engine.close()
     return found
@@ -181,9 +188,9 @@ def overflowing(mesh, initial_scale_power):
     engine = Engine(run_of(case), settings, mesh)
     rows = []
     for micro_batches in steps_of_data(run_of(case).model.vocab_size, 6):
-        before = {name: p.detach().clone() for name, p in engine.deepspeed.module.named_parameters()}
+        before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
         result = engine.train_step(micro_batches, 1e-3)
-        moved = any(not torch.equal(before[name], p) for name, p in engine.deepspeed.module.named_parameters())
+        moved = any(not torch.equal(before[name], p) for name, p in engine.module.named_parameters())
         rows.append((result.skipped, moved, engine.loss_scale_row(0)["loss_scale"]))
     state = engine.loss_scaler
     engine.close()

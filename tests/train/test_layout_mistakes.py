@@ -12,7 +12,7 @@ from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL
 from megatron_ttl.parallel import loss, norm, shard, tensor
 from megatron_ttl.parallel.loss import loss_sum
 from megatron_ttl.testing import run_distributed
-from megatron_ttl.train import engine
+from megatron_ttl.train import deepspeed_drive, engine
 from megatron_ttl.train.engine import Engine
 
 RED = 1e-4  # ten times the matrix's bound
@@ -54,8 +54,8 @@ def average_the_averages():
 
 def leave_the_padding_in_the_softmax():
     real = loss.loss_sum
-    return mock.patch.object(engine, "loss_sum", lambda logits, labels, vocab_size, parallel: real(
-        logits, labels, 10**6, parallel))
+    return mock.patch.object(engine, "loss_sum", lambda logits, labels, vocab_size, *rest: real(
+        logits, labels, 10**6, *rest))
 
 
 def norm_of_one_stage():
@@ -63,18 +63,18 @@ def norm_of_one_stage():
     def local(parameters, clipping, mesh):
         return torch.nn.utils.clip_grad_norm_(list(parameters), clipping)
 
-    assert norm.clip_gradients is engine.clip_gradients
-    return mock.patch.object(engine, "clip_gradients", local)
+    assert norm.clip_gradients is deepspeed_drive.clip_gradients
+    return mock.patch.object(deepspeed_drive, "clip_gradients", local)
 
 
 def send_parts_between_stages():
     """DeepSpeed's default, which takes the tensor ranks' different tokens for parts of one tensor."""
-    real = engine.deepspeed.initialize
+    real = deepspeed_drive.deepspeed.initialize
 
     def initialize(config, **arguments):
         return real(config={**config, "pipeline": {}}, **arguments)
 
-    return mock.patch.object(engine.deepspeed, "initialize", initialize)
+    return mock.patch.object(deepspeed_drive.deepspeed, "initialize", initialize)
 
 
 MISTAKES = {

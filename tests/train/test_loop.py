@@ -57,7 +57,8 @@ def stop_everywhere(mesh, folder, deepspeed, run, steps):
     {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 0}},
     {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
     {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}},
-], ids=lambda p: f"zero{p['zero_optimization']['stage']}-{'bf16' if 'bf16' in p else 'fp32'}")
+    {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "engine": "flat"},
+], ids=lambda p: f"{p.get('engine', '')}zero{p['zero_optimization']['stage']}-{'bf16' if 'bf16' in p else 'fp32'}")
 def test_stopping_at_any_step_changes_nothing(data, tmp_path, profile, steps):
     """Weights, moments, random state, losses, learning rates and norms, bit for bit, for every k."""
     deepspeed, run = write_settings(tmp_path, data, tmp_path / "unused", profile)

@@ -23,10 +23,10 @@ def outlined(mesh, cases):
     found = {}
     for case in cases:
         run, cut = run_of(case), mesh.cut(case.tensor, case.pipeline, case.sequence)
-        engine = Engine(run, deepspeed_settings(case), cut)
+        engine = Engine(run, deepspeed_settings(case), cut, options=case.options)
         found[case] = [{(group, name, piece.shape, piece.offset, piece.tensor.shape, piece.tensor.dtype)
                         for group, named in pieces.items() for name, piece in named.items()}
-                       for pieces in (outline(engine.deepspeed, run.model, cut), capture(engine.deepspeed, run.model, cut))]
+                       for pieces in (outline(engine.state, run.model, cut), capture(engine.state, run.model, cut))]
         engine.close()
     return found
 

@@ -30,12 +30,12 @@ def engine_of(mesh, case):
     run = run_of(case)
     data = list(steps_of_data(run.model.vocab_size, case.micro_batch, mesh.data_parallel_rank, mesh.data_parallel_size,
                               BEFORE + AFTER))
-    return Engine(run, deepspeed_settings(case), mesh), run.model, mesh, data
+    return Engine(run, deepspeed_settings(case), mesh, options=case.options), run.model, mesh, data
 
 
 def save(folder, engine, model, mesh):
     record = {"step": BEFORE, "loss_scaler": engine.loss_scaler}
-    CheckpointStore(folder).save(BEFORE, capture(engine.deepspeed, model, mesh), record, mesh)
+    CheckpointStore(folder).save(BEFORE, capture(engine.state, model, mesh), record, mesh)
 
 
 def reshard(mesh, folder, pairs):
@@ -50,7 +50,7 @@ def reshard(mesh, folder, pairs):
     for source, target in pairs:
         engine, model, cut, data = engine_of(mesh, LAYOUTS[target])
         checkpoint = CheckpointStore(folder / f"{source}").latest_valid(mesh)
-        restore(engine.deepspeed, model, cut, checkpoint, checkpoint.step)
+        restore(engine.state, model, cut, checkpoint, checkpoint.step)
         save(folder / f"{source}-{target}", engine, model, cut)
         found[source, target] = [float(engine.train_step(micro_batches, 1e-3).loss) for micro_batches in data[BEFORE:]]
         engine.close()
@@ -86,13 +86,13 @@ def test_all_pairs(tmp_path, source):
     check(tmp_path, pairs, run_distributed(reshard, 4, tmp_path, pairs, timeout_s=540)[0])
 
 
-def one_process(mesh, folder, sources):
+def one_process(mesh, folder, targets):
     """Load on one process what four wrote, and the other way round is the pieces of one; return losses."""
     found = {}
-    for source in sources:
-        engine, model, cut, data = engine_of(mesh, Case(model=MODEL, stage=2))
+    for source, case in targets.items():
+        engine, model, cut, data = engine_of(mesh, case)
         checkpoint = CheckpointStore(folder / f"{source}").latest_valid(mesh)
-        restore(engine.deepspeed, model, cut, checkpoint, checkpoint.step)
+        restore(engine.state, model, cut, checkpoint, checkpoint.step)
         save(folder / f"{source}-0", engine, model, cut)
         found[source, 0] = [float(engine.train_step(micro_batches, 1e-3).loss) for micro_batches in data[BEFORE:]]
         engine.close()
@@ -101,9 +101,9 @@ def one_process(mesh, folder, sources):
 
 def test_from_four_processes_to_one(tmp_path):
     """Other numbers of processes: the folder says where everything lies, nobody converts it."""
-    sources = [2, 8]
-    run_distributed(reshard, 4, tmp_path, [(source, source) for source in sources])
-    check(tmp_path, [(source, 0) for source in sources], run_distributed(one_process, 1, tmp_path, sources)[0])
+    targets = {2: Case(model=MODEL, stage=2), 8: Case(model=MODEL, engine="flat")}
+    run_distributed(reshard, 4, tmp_path, [(source, source) for source in targets])
+    check(tmp_path, [(source, 0) for source in targets], run_distributed(one_process, 1, tmp_path, targets)[0])
 
 
 def files_and_reads(mesh, folder):
@@ -120,9 +120,9 @@ def files_and_reads(mesh, folder):
             read.append(tensor.numel() if group == WEIGHTS else 0)
             return tensor
 
-    restore(engine.deepspeed, model, cut, Counting(), BEFORE)
+    restore(engine.state, model, cut, Counting(), BEFORE)
     own = sum(path.stat().st_size for path in checkpoint.directory.glob(f"*-{mesh.rank:05d}.safetensors"))
-    return own, sum(read), sum(p.numel() for p in engine.deepspeed.module.parameters())
+    return own, sum(read), sum(p.numel() for p in engine.module.parameters())
 
 
 def test_every_process_writes_and_reads_its_own_share(tmp_path):

@@ -50,7 +50,8 @@ def test_the_same_bytes_as_when_the_training_waits(data, tmp_path, processes):
     assert len(sums[0]) == 12 and sums[0] == sums[1]
 
 
-CAPTURED = [Case(stage=stage) for stage in range(4)] + [Case(stage=2, offload=True), Case(stage=1, precision="bf16")]
+CAPTURED = [Case(stage=stage) for stage in range(4)] + [Case(stage=2, offload=True), Case(stage=1, precision="bf16"),
+                                                        Case(engine="flat")]
 CAPTURED_BY_TWO = [Case(data=2, stage=stage) for stage in range(4)] + [Case(tensor=2), Case(pipeline=2, stage=0)]
 
 
@@ -59,10 +60,10 @@ def changed_by_a_step(mesh, cases):
     found = {}
     for case in cases:
         run, cut = run_of(case), mesh.cut(case.tensor, case.pipeline, case.sequence)
-        engine = Engine(run, deepspeed_settings(case), cut)
+        engine = Engine(run, deepspeed_settings(case), cut, options=case.options)
         data = steps_of_data(run.model.vocab_size, case.micro_batch, cut.data_parallel_rank, cut.data_parallel_size)
         engine.train_step(next(data), 1e-2)
-        captured = capture(engine.deepspeed, run.model, cut)
+        captured = capture(engine.state, run.model, cut)
         before = {(group, name): piece.tensor.clone() for group, named in captured.items() for name, piece in named.items()}
         engine.train_step(next(data), 1e-2)
         found[case] = [key for key, tensor in before.items() if not torch.equal(tensor, captured[key[0]][key[1]].tensor)]
