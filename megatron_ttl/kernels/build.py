@@ -86,6 +86,12 @@ def require_kernels(device: torch.device) -> KernelLibrary:
     return library
 
 
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; a few where the CPU stands in for it."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def compiled(command: Sequence[str], sources: Path, folder: Path, headers: Sequence[Path] = ()) -> Path:
     """Return the library that a compiler makes of all `.cu` files of a folder, making it if it is not kept already.
 
