@@ -69,6 +69,16 @@ __device__ __forceinline__ void store(T* place, const Vector<T>& vector) {
 #endif
 }
 
+__device__ __forceinline__ float warp_sum(float value) {
+    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL_LANES, value, lanes);
+    return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, lanes));
+    return value;
+}
+
 // One element, used as a vector is: what a kernel takes where rows are not aligned.
 template <typename T>
 struct Single {
@@ -84,16 +94,6 @@ template <typename Group, typename T>
 __device__ __forceinline__ Group load_as(const T* place) {
     if constexpr (Group::size == 1) return {{*place}};
     else return load(place);
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL_LANES, value, lanes);
-    return value;
-}
-
-__device__ __forceinline__ float warp_max(float value) {
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, lanes));
-    return value;
 }
 
 // Shared memory whose size the launch says.

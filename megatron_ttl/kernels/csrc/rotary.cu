@@ -64,7 +64,7 @@ __device__ __forceinline__ void load_angles(const float* place, float (&angles)[
 
 // `from` and `to` may be the same memory: every element is read and written by one thread, and read before.
 template <typename T, typename Group>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3)
     turn(const QueryKeyValue<const T> from, const QueryKeyValue<T> to, const float* __restrict__ cos_table,
          const float* __restrict__ sin_table, const Sizes sizes, float direction) {
     const int64_t position = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
