@@ -60,7 +60,13 @@ __device__ __forceinline__ void store(T* place, const Vector<T>& vector) {
 #endif
     uint4 raw;
     memcpy(&raw, &vector, sizeof(raw));
+#ifdef __CUDA_ARCH__
+    // An assignment may be taken apart into stores of 4 bytes.
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(__cvta_generic_to_global(place)), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
+#else
     *reinterpret_cast<uint4*>(place) = raw;
+#endif
 }
 
 // A vector as four registers, zeros where `here` is false; for kernels that keep many vectors. A `Vector` that is kept over
@@ -106,6 +112,23 @@ __device__ __forceinline__ float warp_sum(float value) {
 __device__ __forceinline__ float warp_max(float value) {
     for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, lanes));
     return value;
+}
+
+// One element, used as a vector is: what a kernel takes where rows are not aligned.
+template <typename T>
+struct Single {
+    static constexpr int size = 1;
+    T element[1];
+};
+
+template <typename T>
+__device__ __forceinline__ void store(T* place, const Single<T>& single) { *place = single.element[0]; }
+
+// Load a Vector or a Single.
+template <typename Group, typename T>
+__device__ __forceinline__ Group load_as(const T* place) {
+    if constexpr (Group::size == 1) return {{*place}};
+    else return load(place);
 }
 
 // Shared memory whose size the launch says.

@@ -1,0 +1,116 @@
+"""SwiGLU's kernels against fp64 and against what PyTorch's own operations make of the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_emulation import in_both_orders
+from gpu import needs_gpu
+from kernel_errors import assert_guards_hold, assert_no_worse, guarded
+
+from megatron_ttl.kernels import build
+from megatron_ttl.kernels.swiglu import swiglu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
+# Rows: none, one, fewer and more than a block takes. Widths: by vectors, with a ragged second tile; and by elements.
+SHAPES = [(0, 8), (1, 8), (9, 520), (19, 264), (17, 1), (3, 7), (5, 131), (8, 12)]
+
+
+def drawn(shape, dtype, device="cpu"):
+    """Draw a projection [.., 2f] whose gates reach far to both sides, and a gradient [.., f]."""
+    gate, up, dy = (torch.randn(shape, device=device) for _ in range(3))
+    return torch.cat((8 * gate, up), dim=-1).to(dtype), dy.to(dtype)
+
+
+def forward_and_backward(function, gate_up, dy):
+    gate_up = gate_up.clone().requires_grad_()
+    y = function(gate_up)
+    return y.detach(), *torch.autograd.grad(y, gate_up, dy)
+
+
+def in_fp64(gate_up, dy):
+    return forward_and_backward(lambda t: torch.nn.functional.silu(t.chunk(2, -1)[0]) * t.chunk(2, -1)[1],
+                                gate_up.double(), dy.double())
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels(emulated_kernels, dtype, shape, offset):
+    """Both passes in memory that is aligned and that is not: little error, every element written and none beside."""
+    sizes = (*shape, build.DTYPES[dtype])
+    gate_up, dy = drawn(shape, dtype)
+    inputs = [guarded(tuple(t.shape), dtype, offset)[1].copy_(t) for t in (gate_up, dy)]
+
+    def run():
+        outputs = [guarded(tuple(t.shape), dtype, offset) for t in (dy, gate_up)]
+        (_, y), (_, gradient) = outputs
+        emulated_kernels.call("swiglu_forward", inputs[0], y, *sizes, device=CPU)
+        emulated_kernels.call("swiglu_backward", inputs[1], inputs[0], gradient, *sizes, device=CPU)
+        for whole, inside in outputs:
+            assert_guards_hold(whole, inside)
+        return y, gradient
+
+    ours, exact = in_both_orders(run), in_fp64(gate_up, dy)
+    for value, pytorchs, wanted in zip(ours, forward_and_backward(swiglu, gate_up, dy), exact, strict=True):
+        assert_no_worse(value, pytorchs, wanted)
+    if dtype != torch.float32:
+        torch.testing.assert_close(ours[0], exact[0].to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("emulated_kernels")
+def test_more_rows_than_a_grid_is_high():
+    """Blocks go round."""
+    gate_up, dy = drawn((65535 * 8 + 11, 1), torch.float32)
+    for value, exact in zip(forward_and_backward(lambda t: swiglu(t, "cuda"), gate_up, dy), in_fp64(gate_up, dy), strict=True):
+        torch.testing.assert_close(value, exact.float())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("emulated_kernels")
+def test_the_path_takes_views_and_expanded_gradients(compiled):
+    """Gradients reach the memory behind a view, in eager mode and through one graph of torch.compile."""
+    whole = torch.randn(6, 5, 2 * 24).requires_grad_()
+
+    def loss(whole, path):
+        return swiglu(whole[1:, ::2, 4:-4], path).sum()  # its gradient is one number, expanded
+
+    function = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    ours, theirs = function(whole, "cuda"), loss(whole, "torch")
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(value, whole)[0] for value in (ours, theirs)))
+
+
+@pytest.mark.usefixtures("emulated_kernels")
+def test_the_operator_is_registered_as_torch_compile_wants_it():
+    """Schema, fake tensors, autograd, and static and dynamic shapes."""
+    for gate_up in (torch.randn(3, 4, 12, requires_grad=True), torch.randn(8, 6, dtype=torch.bfloat16).t()):
+        torch.library.opcheck(torch.ops.megatron_ttl.swiglu.default, (gate_up,))
+    torch.library.opcheck(torch.ops.megatron_ttl.swiglu_backward.default, (torch.randn(6).expand(4, 6), torch.randn(4, 12)))
+
+
+def test_what_the_kernel_does_not_take_is_refused(emulated_kernels):
+    """Number formats, odd widths, devices without kernels; each in a sentence."""
+    with pytest.raises(TypeError, match="float64.*the kernel takes torch.float32, torch.bfloat16"):
+        swiglu(torch.zeros(2, 4, dtype=torch.float64), "cuda")
+    with pytest.raises(TypeError, match=r"\(2, 5\).*even last dimension"):
+        swiglu(torch.zeros(2, 5), "cuda")
+    with pytest.raises(RuntimeError, match="no kernels for meta"):
+        swiglu(torch.zeros(2, 4, device="meta"), "cuda")
+    with pytest.raises(RuntimeError, match="swiglu_forward: invalid argument"):
+        emulated_kernels.call("swiglu_forward", None, None, 1, 1, 7, device=CPU)
+
+
+@pytest.mark.parametrize("width", [3072, 4096, 5632, 131])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_on_a_gpu(device, dtype, width):
+    """The same at widths that train, with its approximate exponential."""
+    gate_up, dy = drawn((2, 1031, width), dtype, device)
+    ours, again = (forward_and_backward(lambda t: swiglu(t, "cuda"), gate_up, dy) for _ in range(2))
+    assert torch.equal(ours[0], again[0])
+    assert torch.equal(ours[1], again[1])
+    for value, pytorchs, wanted in zip(ours, forward_and_backward(swiglu, gate_up, dy), in_fp64(gate_up, dy), strict=True):
+        assert_no_worse(value, pytorchs, wanted)
