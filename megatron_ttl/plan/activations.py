@@ -74,6 +74,10 @@ def _fused_norm(x: Token) -> float:
     return x.residual * x.number + FP32 * x.residual / x.hidden  # what was normed; 1 / sqrt(mean square)
 
 
+def _output_and_logsumexp(x: Token) -> float:
+    return x.queries * x.number + FP32 * x.heads
+
+
 KEPT: dict[str, dict[str, Callable[[Token], float]]] = {
     "rms_norm": {"cuda": _fused_norm, "torch": _fused_norm, "apex": _fused_norm,
                  # in fp32: what was normed, and once more times its statistic
@@ -81,9 +85,10 @@ KEPT: dict[str, dict[str, Callable[[Token], float]]] = {
     "rotary": {"cuda": lambda x: x.packed * x.number,  # turned in place
                # values are a view of the packed projection, queries and keys of a second tensor
                "torch": lambda x: (x.packed + x.queries + x.keys) * x.number},
-    # output and logsumexp; the written-out formula keeps fp32 copies of all three and a row of probabilities per head
-    "attention": dict.fromkeys(("cudnn", "flash", "efficient", "flash_attn"),
-                               lambda x: x.queries * x.number + FP32 * x.heads) | {
+    "attention": dict.fromkeys(("cudnn", "flash", "flash_attn"), _output_and_logsumexp) | {
+        # takes no groups: keys and values are repeated
+        "efficient": lambda x: _output_and_logsumexp(x) + (2 * x.queries * x.number if x.keys != x.queries else 0),
+        # the written-out formula: fp32 copies of all three, and a row of probabilities per head
         "math": lambda x: x.queries * (x.number + 3 * FP32) + FP32 * x.heads * x.sequence},
     "swiglu": {"cuda": lambda x: 2 * x.wide * x.number, "torch": lambda x: 3 * x.wide * x.number},  # and silu(gate)
     # the gradient takes the place of the logits; PyTorch keeps fp32 log-probabilities beside them
@@ -145,17 +150,17 @@ def gradient_of_logits(x: Token, paths: Paths) -> float:
     return 0.0 if paths["cross_entropy"] == "cuda" else logits(x)
 
 
-def added_by_block(x: Token, paths: Paths, recompute: str, documents: bool = False, repeated: bool = False) -> float:
+def added_by_block(x: Token, paths: Paths, recompute: str, documents: bool = False) -> float:
     """Return the most bytes per token that the backward pass of a block takes beyond what blocks keep.
 
     The gradient of its output lives all the time. In the feed-forward half, the gradient of gate and up is made while
-    that of their product is there, which took the place of the product; recomputed products come on top. In the
-    attention's half, the gradients of output, queries, keys and values, and an fp32 sum of the queries' gradients inside of
-    the fused kernels, while everything of the other half is free again.
+    that of their product is there, which took the place of the product; what is recomputed comes on top. In the
+    attention's half there are the gradients of output, queries, keys and values, and inside of the fused kernels an fp32
+    sum of the queries' gradients and, of grouped heads, the others' gradients per query head, while everything of the
+    other half is free again.
 
     Args:
         x, paths, recompute, documents: as for `kept_by_block`.
-        repeated: key and value heads are repeated for the attention.
     """
     whole, kept = kept_by_block(x, paths, "none", documents), kept_by_block(x, paths, recompute, documents)
     swiglu = KEPT["swiglu"][paths["swiglu"]](x)
@@ -167,6 +172,6 @@ def added_by_block(x: Token, paths: Paths, recompute: str, documents: bool = Fal
     if paths["attention"] == "math":
         inside = 2 * FP32 * x.heads * x.sequence + 3 * FP32 * x.queries
     else:
-        inside = FP32 * x.queries + (2 * x.queries * x.number if repeated else 0)
+        inside = FP32 * x.queries + (2 * x.queries * x.number if x.keys != x.queries else 0)
     mixing = left + (2 * x.queries + 2 * x.keys) * x.number + inside
     return gradient + max(feed_forward, mixing)

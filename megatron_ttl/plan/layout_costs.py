@@ -79,9 +79,11 @@ def parameters_on(model: ModelConfig, layout: Layout, layers: range) -> int:
 
 def runs_flat(settings: Settings, layout: Layout) -> bool:
     """Return whether a GPU's only process trains without DeepSpeed's engine: in bf16 or fp32, nothing offloaded."""
-    asked = getattr(settings.profile, "engine", "auto")
-    alone = layout.world_size == 1 and settings.profile.precision != "fp16"
-    return asked == "flat" or (asked == "auto" and alone and settings.profile.zero_optimization.offload_optimizer is None)
+    profile = settings.profile
+    asked = getattr(profile, "engine", "auto")
+    only_deepspeed = (profile.precision == "fp16" or profile.wall_clock_breakdown
+                      or profile.zero_optimization.offload_optimizer is not None)
+    return asked == "flat" or (asked == "auto" and layout.world_size == 1 and not only_deepspeed)
 
 
 def state_bytes(settings: Settings, parameters: int, data: int, flat: bool = False) -> tuple[int, int]:

@@ -29,9 +29,10 @@ from megatron_ttl.plan.activations import FUSED, IDS, Paths
 from megatron_ttl.plan.layout_costs import BYTES, layout_for, parameters_on, runs_flat, state_bytes
 
 CUBLAS_WORKSPACE = 32 * 2**20
-"""On Hopper, 8 MiB elsewhere. Source: PyTorch's CUDA notes, CUBLAS_WORKSPACE_CONFIG."""
+"""On Hopper, 8 MiB and less before. Source: cuBLAS' documentation of cublasSetWorkspace, whose advice PyTorch takes."""
 CUDA_CONTEXT = 600 * 2**20
-"""Driver, loaded kernels: an assumption; PyTorch does not count them."""
+"""Driver and loaded kernels, which PyTorch does not count: an assumption. Its reports of exhausted memory show 0.4 to
+0.5 GiB of "non-PyTorch memory"."""
 NCCL_BUFFERS = 512 * 2**20
 """Where there is more than one process: an assumption."""
 FRAGMENTATION = 0.03
@@ -123,8 +124,12 @@ def with_profile(settings: Settings, **keys: object) -> Settings:
 def paths_of(settings: Settings) -> Paths:
     """Return the implementations that the profile asks for; "auto" is what runs where our kernels are compiled."""
     asked = getattr(settings.profile, "kernels", None)
-    return {**FUSED, **{name: path for name, path in (asked.model_dump() if asked else {}).items()
-                        if name in FUSED and path != "auto"}}
+    named = {name: path for name, path in (asked.model_dump() if asked else {}).items() if path != "auto"}
+    if settings.run.data.document_mask:
+        named["attention"] = "efficient"  # the one that masks
+    elif settings.profile.precision == "fp32":
+        named.setdefault("attention", "efficient")
+    return {name: named.get(name, path) for name, path in FUSED.items()}
 
 
 def memory_of_stages(settings: Settings, world_size: int, paths: Paths | None = None) -> list[MemoryForecast]:
@@ -149,6 +154,8 @@ class _Stage:
         self.micro_batches = max(1, run.samples_per_step // (self.samples * layout.data))
         self.under_way = min(layout.pipeline - number, self.micro_batches)
         self.parameters = parameters_on(run.model, layout, layers)
+        self.parameters_of = {0: 0, self.last: 0} | {layer: parameters_on(run.model, layout, range(layer, layer + 1))
+                                                     for layer in layers if layer in (0, *self.blocks[:1], self.last)}
         self.flat = runs_flat(settings, layout)
         stage = profile.zero_optimization.stage
         offloaded = profile.zero_optimization.offload_optimizer is not None
@@ -156,10 +163,8 @@ class _Stage:
                        "bf16" if profile.precision == "bf16" and stage == 1 and not offloaded else "zero")
         x = activations.token_of(run.model, layout, self.weight, self.sequence)
         self.token, documents = x, run.data.document_mask
-        repeated = documents and x.keys != x.queries
         self.block = activations.kept_by_block(x, paths, profile.recompute, documents)
-        self.block += 2 * x.queries * x.number if repeated and profile.recompute != "full" else 0
-        self.block_adds = activations.added_by_block(x, paths, profile.recompute, documents, repeated)
+        self.block_adds = activations.added_by_block(x, paths, profile.recompute, documents)
 
     def moments(self) -> Iterator[MemoryForecast]:
         """Yield the moments at which a step can need most."""
@@ -172,17 +177,16 @@ class _Stage:
             after = activations.kept_by_head(x, {**self.paths, "cross_entropy": "cuda"})
             logits = activations.logits(x)
             yield self._at("the loss", 0, others + kept + in_loss, logits, activations.added_by_loss(x, self.paths))
-            done = parameters_on(self.settings.run.model, self.layout, range(self.last, self.last + 1))
+            done = self.parameters_of[self.last]
             yield self._at("the head's backward pass", done, others + kept + after,
                            logits + activations.gradient_of_logits(x, self.paths), gradient)
-        held = 0.0 if self.flat or self.layout.pipeline > 1 else logits  # by the variable that names them
+        held = 0.0 if self.flat else logits  # by the variable that names them
         for index in reversed(range(len(self.blocks))):
-            layer = self.blocks[index]
-            own = parameters_on(self.settings.run.model, self.layout, range(layer, layer + 1))
             below = others + kept - (len(self.blocks) - 1 - index) * self.block
             # of its own weight gradients, that of the last product is there while those of gate and up are not
-            yield self._at(f"block {layer - 1}'s backward pass", done + x.wide * x.hidden, below, held, self.block_adds)
-            done += own
+            yield self._at(f"block {self.blocks[index] - 1}'s backward pass", done + x.wide * x.hidden, below, held,
+                           self.block_adds)
+            done += self.parameters_of[self.blocks[0]]
         yield self._at("the end of the backward pass", self.parameters, others, held, self._reduction() / self.tokens)
         if self.engine == "zero" and self.settings.profile.zero_optimization.offload_optimizer is None:
             # the flat copy of its part of the gradients
@@ -207,8 +211,7 @@ class _Stage:
             return self.weight * self.parameters
         if self.weight == BYTES["fp32"] and self.settings.profile.zero_optimization.stage < 2:
             return 0  # they are the sums
-        widest = max(parameters_on(self.settings.run.model, self.layout, range(layer, layer + 1)) for layer in self.layers)
-        return self.weight * widest if done else 0
+        return self.weight * max(self.parameters_of.values()) if done else 0
 
     def _reduction(self) -> int:
         """Bytes of the flat copy that DeepSpeed's plain all-reduce makes; a single large buffer needs none."""
@@ -217,14 +220,24 @@ class _Stage:
             return min(self.parameters, _BUCKET) * (4 + (travel if travel < 4 else 0))
         return 0
 
+    def _between_stages(self) -> float:
+        """Bytes per token of what DeepSpeed's pipeline holds: tensors that came and go, of each micro batch under way.
+
+        The last stage also keeps the logits of the micro batch before.
+        """
+        x = self.token
+        if self.last in self.layers:
+            return 3 * x.residual * x.number + activations.logits(x)
+        return ((1 if 0 in self.layers else 2) * self.under_way - 1) * x.residual * x.number
+
     def _buffers(self, in_backward: bool) -> int:
         """Bytes of what is neither state nor activation."""
         zero, run, x = self.settings.profile.zero_optimization, self.settings.run, self.token
         total = CUBLAS_WORKSPACE + len(self.blocks) * self.sequence * x.head_dim * 4  # cos and sin in fp32
         if run.data.document_mask:
             total += self.tokens * self.sequence * self.weight
-        if self.layout.pipeline > 1:  # what comes and goes, of each micro batch under way, and its gradients
-            total += round((2 * max(2, self.under_way) + 2) * self.tokens * x.residual * x.number)
+        if self.layout.pipeline > 1:
+            total += round(self._between_stages() * self.tokens)
         if self.engine == "zero" and in_backward:
             number = 4 if zero.stage == 1 else self.weight
             twice = bool(zero.overlap_comm) and zero.stage < 3 and zero.contiguous_gradients is not False

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from megatron_ttl.config.deepspeed import resolve_deepspeed
+from megatron_ttl.config.degrees import data_parallel_size_of
+from megatron_ttl.config.load import load_settings
+from megatron_ttl.train.engine import Engine
 
 
 class KeptByAutograd(torch.autograd.graph.saved_tensors_hooks):
@@ -19,7 +25,7 @@ class KeptByAutograd(torch.autograd.graph.saved_tensors_hooks):
         self.storages: dict[int, torch.UntypedStorage] = {}
         super().__init__(self._note, lambda tensor: tensor)
 
-    def __enter__(self) -> KeptByAutograd:
+    def __enter__(self) -> Self:
         super().__enter__()
         return self
 
@@ -67,3 +73,26 @@ class PeakMemory(TorchDispatchMode):
     def _freed(self, address: int, size: int) -> None:
         self._known.discard(address)
         self.now -= size
+
+
+def peaks_of_steps(mesh, files: list[tuple[str, str]]) -> list[int]:
+    """Train under each pair of files; return the most bytes that a later step holds beyond what lies there between steps."""
+    return [_peak(mesh, *pair) for pair in files]
+
+
+def _peak(mesh, deepspeed_path: str, run_path: str) -> int:
+    settings = load_settings(deepspeed_path, run_path)
+    run, profile = settings.run, settings.profile
+    resolved = resolve_deepspeed(settings, data_parallel_size_of(settings, mesh.world_size))
+    engine = Engine(run, resolved, mesh.cut(profile.cut.tensor, profile.cut.pipeline, profile.cut.sequence),
+                    profile.recompute)
+    ids = torch.zeros(profile.train_micro_batch_size_per_gpu, run.train.sequence_length, dtype=torch.int64)
+
+    def step() -> None:
+        engine.train_step([(ids, ids)] * engine.accumulation, 1e-3, run.train.tokens_per_step)
+
+    step()  # makes moments and rotary tables
+    with PeakMemory() as counted:
+        step()
+    engine.close()
+    return counted.peak, counted.at_peak
