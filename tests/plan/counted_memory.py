@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 import torch
@@ -76,23 +76,36 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peaks_of_steps(mesh, files: list[tuple[str, str]]) -> list[int]:
-    """Train under each pair of files; return the most bytes that a later step holds beyond what lies there between steps."""
-    return [_peak(mesh, *pair) for pair in files]
+    """Train under each pair of files; return the most bytes that a step holds beyond what lies there between steps."""
+    peaks = []
+    for pair in files:
+        engine, step = engine_of(mesh, *pair)
+        step()  # makes moments and rotary tables
+        with PeakMemory() as counted:
+            step()
+        engine.close()
+        peaks.append(counted.peak)
+    return peaks
 
 
-def _peak(mesh, deepspeed_path: str, run_path: str) -> int:
+def memory_on_a_gpu(mesh, deepspeed_path: str, run_path: str, cap: int) -> tuple[int, int]:
+    """Train three steps with at most `cap` bytes for PyTorch's allocator; return what it handed out, and what it held."""
+    total = torch.cuda.get_device_properties(mesh.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), mesh.device)
+    engine, step = engine_of(mesh, deepspeed_path, run_path)
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    engine.close()
+    return torch.cuda.max_memory_allocated(mesh.device), torch.cuda.max_memory_reserved(mesh.device)
+
+
+def engine_of(mesh, deepspeed_path: str, run_path: str) -> tuple[Engine, Callable[[], object]]:
+    """Return the engine that a pair of files asks for, and a function that does one step with it."""
     settings = load_settings(deepspeed_path, run_path)
     run, profile = settings.run, settings.profile
     resolved = resolve_deepspeed(settings, data_parallel_size_of(settings, mesh.world_size))
     engine = Engine(run, resolved, mesh.cut(profile.cut.tensor, profile.cut.pipeline, profile.cut.sequence),
                     profile.recompute)
     ids = torch.zeros(profile.train_micro_batch_size_per_gpu, run.train.sequence_length, dtype=torch.int64)
-
-    def step() -> None:
-        engine.train_step([(ids, ids)] * engine.accumulation, 1e-3, run.train.tokens_per_step)
-
-    step()  # makes moments and rotary tables
-    with PeakMemory() as counted:
-        step()
-    engine.close()
-    return counted.peak, counted.at_peak
+    return engine, lambda: engine.train_step([(ids, ids)] * engine.accumulation, 1e-3, run.train.tokens_per_step)
