@@ -21,8 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_ttl.config.load import Settings
+from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.parallel.plan import Layout, stage_bounds
 from megatron_ttl.plan import activations
 from megatron_ttl.plan.activations import FUSED, IDS, Paths
@@ -135,9 +137,15 @@ def paths_of(settings: Settings) -> Paths:
 def memory_of_stages(settings: Settings, world_size: int, paths: Paths | None = None) -> list[MemoryForecast]:
     """Return the forecast of one process of each pipeline stage; arguments as for `peak_memory`."""
     layout = layout_for(settings, world_size)
-    bounds = stage_bounds(settings.run.model, settings.run.train.sequence_length, layout.pipeline)
+    bounds = _bounds(settings.run.model, settings.run.train.sequence_length, layout.pipeline)
     return [max(_Stage(settings, layout, paths or paths_of(settings), number, layers).moments(),
                 key=lambda forecast: forecast.needed) for number, layers in enumerate(bounds)]
+
+
+@lru_cache(maxsize=4)
+def _bounds(model: ModelConfig, sequence_length: int, stages: int) -> list[range]:
+    """Return `stage_bounds`, which the search for a micro batch asks for a hundred times."""
+    return stage_bounds(model, sequence_length, stages)
 
 
 class _Stage:
@@ -181,12 +189,12 @@ class _Stage:
             yield self._at("the head's backward pass", done, others + kept + after,
                            logits + activations.gradient_of_logits(x, self.paths), gradient)
         held = 0.0 if self.flat else logits  # by the variable that names them
-        for index in reversed(range(len(self.blocks))):
-            below = others + kept - (len(self.blocks) - 1 - index) * self.block
+        for index in {0, len(self.blocks) - 1} if self.blocks else ():  # what lies between them grows or falls evenly
+            above = len(self.blocks) - 1 - index
             # of its own weight gradients, that of the last product is there while those of gate and up are not
-            yield self._at(f"block {self.blocks[index] - 1}'s backward pass", done + x.wide * x.hidden, below, held,
-                           self.block_adds)
-            done += self.parameters_of[self.blocks[0]]
+            gradients = done + above * self.parameters_of[self.blocks[0]] + x.wide * x.hidden
+            yield self._at(f"block {self.blocks[index] - 1}'s backward pass", gradients, others + kept - above * self.block,
+                           held, self.block_adds)
         yield self._at("the end of the backward pass", self.parameters, others, held, self._reduction() / self.tokens)
         if self.engine == "zero" and self.settings.profile.zero_optimization.offload_optimizer is None:
             # the flat copy of its part of the gradients
