@@ -29,9 +29,11 @@ IDS = 8
 Paths = Mapping[str, str]
 """Operation -> implementation, by the names of the machine profile's section "kernels"; never "auto"."""
 
-FUSED: Paths = {"rms_norm": "cuda", "rotary": "cuda", "swiglu": "cuda", "cross_entropy": "cuda", "attention": "flash"}
+FUSED: Paths = {"rms_norm": "cuda", "rotary": "cuda", "swiglu": "cuda", "cross_entropy": "cuda", "adamw": "cuda",
+                "attention": "flash"}
 """What runs on a GPU where our kernels can be compiled."""
-PLAIN: Paths = {"rms_norm": "torch", "rotary": "torch", "swiglu": "torch", "cross_entropy": "torch", "attention": "flash"}
+PLAIN: Paths = {"rms_norm": "torch", "rotary": "torch", "swiglu": "torch", "cross_entropy": "torch",
+                "adamw": "torch", "attention": "flash"}
 """What runs on a GPU where they cannot."""
 ON_A_CPU: Paths = {**PLAIN, "rms_norm": "reference"}
 """PyTorch has no fused RMSNorm there: the formula is written out in fp32."""

@@ -42,6 +42,7 @@ FRAGMENTATION = 0.03
 
 _BUCKET = 500_000_000  # elements: DeepSpeed's default of reduce_bucket_size, and of its plain all-reduce
 _LIVE = 1_000_000_000  # elements: DeepSpeed's default of stage3_max_live_parameters
+_UPDATED = 2**24  # elements that kernels/adamw.py updates at a time in PyTorch on a GPU
 _MOST_SAMPLES = 2**20
 
 
@@ -179,16 +180,15 @@ class _Stage:
         x, gradient = self.token, self.token.residual * self.token.number
         has_head, kept = self.last in self.layers, self.block * len(self.blocks) + (IDS if 0 in self.layers else 0)
         others = (self.under_way - 1) * kept  # micro batches whose backward pass has not begun
-        logits, done = 0.0, 0
+        held, done = 0.0, 0
         if has_head:
             in_loss = activations.kept_by_head(x, self.paths, self.layout.tensor > 1)
             after = activations.kept_by_head(x, {**self.paths, "cross_entropy": "cuda"})
-            logits = activations.logits(x)
+            done, held = self.parameters_of[self.last], 0.0 if self.flat else activations.logits(x)  # by a variable's name
+            logits = activations.logits(x) if self.paths["cross_entropy"] == "cuda" else held
             yield self._at("the loss", 0, others + kept + in_loss, logits, activations.added_by_loss(x, self.paths))
-            done = self.parameters_of[self.last]
             yield self._at("the head's backward pass", done, others + kept + after,
                            logits + activations.gradient_of_logits(x, self.paths), gradient)
-        held = 0.0 if self.flat else logits  # by the variable that names them
         for index in {0, len(self.blocks) - 1} if self.blocks else ():  # what lies between them grows or falls evenly
             above = len(self.blocks) - 1 - index
             # of its own weight gradients, that of the last product is there while those of gate and up are not
@@ -196,10 +196,8 @@ class _Stage:
             yield self._at(f"block {self.blocks[index] - 1}'s backward pass", gradients, others + kept - above * self.block,
                            held, self.block_adds)
         yield self._at("the end of the backward pass", self.parameters, others, held, self._reduction() / self.tokens)
-        if self.engine == "zero" and self.settings.profile.zero_optimization.offload_optimizer is None:
-            # the flat copy of its part of the gradients
-            step = 4 * self.parameters / self.layout.data / self.tokens
-            yield self._at("the update", 0, 0.0, 0.0, step, in_backward=False)
+        if update := self._update():
+            yield self._at("the update", 0, 0.0, 0.0, update / self.tokens, in_backward=False)
 
     def _at(self, moment: str, done: int, kept: float, logits: float, transient: float,
             in_backward: bool = True) -> MemoryForecast:
@@ -226,6 +224,14 @@ class _Stage:
         if self.engine == "plain" or (self.engine == "bf16" and self.parameters <= _BUCKET):
             travel = BYTES[self.settings.profile.communication_data_type]
             return min(self.parameters, _BUCKET) * (4 + (travel if travel < 4 else 0))
+        return 0
+
+    def _update(self) -> float:
+        """Bytes that the optimizer takes: DeepSpeed's flat copy of the gradients, or six copies of a chunk."""
+        if self.engine == "zero" and self.settings.profile.zero_optimization.offload_optimizer is None:
+            return 4 * self.parameters / self.layout.data
+        if self.flat and self.paths["adamw"] == "torch":
+            return 6 * 4 * min(self.parameters, _UPDATED)
         return 0
 
     def _between_stages(self) -> float:
