@@ -24,6 +24,7 @@ from megatron_ttl.model.flops import (
     flops_per_token,
 )
 from megatron_ttl.plan.layout_picture import describe_layout, print_layout
+from megatron_ttl.plan.memory_report import describe_memory, print_memory
 from megatron_ttl.train.changed_settings import CHANGE_HEADER, changes_for_a_dry_run
 from megatron_ttl.train.device_peaks import peak_flops_per_s
 from megatron_ttl.train.ledger import MAX_USEFUL_EPOCHS, planned_table
@@ -90,6 +91,7 @@ def forecast(settings: Settings, world_size: int, dataset: CausalLMDataset | Non
     result["mixture"] = planned_table(run, dataset.samples_per_epoch if dataset else None)
     result["epochs"] = {prefix: row["epochs"] for prefix, row in result["mixture"]["sources"].items()
                         if row["epochs"] is not None}
+    result["peak_memory"] = describe_memory(settings, world_size)
     result["layout"] = describe_layout(settings, world_size)
     return result
 
@@ -152,7 +154,8 @@ def print_forecast(result: dict[str, Any], as_json: bool) -> None:
     """Print a forecast for people or for programs."""
     if not as_json:
         result = dict(result)
-        picture, mixture = result.pop("layout"), result.pop("mixture")
+        picture, mixture, memory = (result.pop(key) for key in ("layout", "mixture", "peak_memory"))
+        result["peak_memory"] = human_bytes(memory["bytes"])
         if changes := result.pop("changes", None):
             print_table(CHANGE_HEADER, [row.values() for row in changes],
                         title="changed since the run was last started")
@@ -167,6 +170,7 @@ def print_forecast(result: dict[str, Any], as_json: bool) -> None:
     if not as_json:
         _print_mixture(mixture)
         print_layout(picture)
+        print_memory(memory)
 
 
 def _print_mixture(mixture: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def stage_costs(settings: Settings, layout: Layout) -> list[StageCost]:
     costs = []
     for layers in stage_bounds(model, sequence_length, layout.pipeline):
         parameters = parameters_on(model, layout, layers)
-        device, host = state_bytes(settings, parameters, layout.data)
+        device, host = state_bytes(settings, parameters, layout.data, runs_flat(settings, layout))
         sent = {"tensor": tensor_bytes(settings, layout, layers), "pipeline": pipeline_bytes(settings, layout, layers),
                 "data": data_bytes(settings, layout, parameters)}
         costs.append(StageCost(layers, sum(operations[i] for i in layers) / sum(operations), parameters, device, host,
@@ -77,7 +77,16 @@ def parameters_on(model: ModelConfig, layout: Layout, layers: range) -> int:
     return sum(part.rows * prod(part.extent[1:]) for module in modules for part in parts_of(module, model, layout, 0))
 
 
-def state_bytes(settings: Settings, parameters: int, data: int) -> tuple[int, int]:
+def runs_flat(settings: Settings, layout: Layout) -> bool:
+    """Return whether a GPU's only process trains without DeepSpeed's engine: in bf16 or fp32, nothing offloaded."""
+    profile = settings.profile
+    asked = getattr(profile, "engine", "auto")
+    only_deepspeed = (profile.precision == "fp16" or profile.wall_clock_breakdown
+                      or profile.zero_optimization.offload_optimizer is not None)
+    return asked == "flat" or (asked == "auto" and layout.world_size == 1 and not only_deepspeed)
+
+
+def state_bytes(settings: Settings, parameters: int, data: int, flat: bool = False) -> tuple[int, int]:
     """Return the bytes of a process's states on the GPU and on the host.
 
     Per parameter, with weights of w bytes (2, or 4 in fp32) and d data-parallel copies:
@@ -88,9 +97,12 @@ def state_bytes(settings: Settings, parameters: int, data: int) -> tuple[int, in
     - stage 3: (w + 4 + 12)/d, and on top the weights that are gathered for use
 
     4 is the fp32 sum of gradients. Offloading takes the 12/d to the host, at stages 2 and 3 the gradients' 4/d too.
+    The flat engine of a GPU's only process keeps w + 4 + 12, and in fp32, the weights being their own masters, w + 4 + 8.
     """
     zero = settings.profile.zero_optimization
     weight = BYTES[settings.profile.precision]
+    if flat:
+        return parameters * (weight + _SUM + (_MASTERS if weight < BYTES["fp32"] else 8)), 0
     if zero.stage == 0:
         return parameters * (weight + _SUM + 8), 0
     whole = {1: weight + _SUM, 2: weight, 3: 0}[zero.stage]

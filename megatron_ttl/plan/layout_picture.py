@@ -11,6 +11,7 @@ from megatron_ttl.console import print_table
 from megatron_ttl.files import human_bytes
 from megatron_ttl.parallel.plan import Layout, Place, parts_of
 from megatron_ttl.plan.layout_costs import bubble, layout_for, stage_costs
+from megatron_ttl.plan.memory import memory_of_stages
 
 _COPIES_SHOWN = 4
 _LINKS = ("tensor", "pipeline", "data")
@@ -24,13 +25,14 @@ def describe_layout(settings: Settings, world_size: int) -> dict[str, Any]:
     """
     model, layout = settings.run.model, layout_for(settings, world_size)
     micro_batches = accumulation(settings, layout.data)
-    stages = []
+    stages, peaks = [], memory_of_stages(settings, world_size)
     for stage, cost in enumerate(stage_costs(settings, layout)):
         copies = [[layout.rank(Place(tensor, stage, data)) for tensor in range(layout.tensor)]
                   for data in range(layout.data)]
         stages.append({"stage": stage, "holds": _layers(cost.layers, model), "ranks_of_each_copy": copies,
                        "share_of_operations": cost.share_of_operations, "parameters_per_rank": cost.parameters,
                        "state_bytes_per_rank": cost.device_bytes, "host_state_bytes_per_rank": cost.host_bytes,
+                       "peak_memory_bytes_per_rank": peaks[stage].needed,
                        "sent_bytes_per_rank_and_step": cost.sent_bytes})
     processes = "1 process" if layout.world_size == 1 else f"{layout.world_size:,} processes"
     return {"summary": f"{layout} = {processes}", "tensor": layout.tensor,
@@ -80,14 +82,16 @@ def print_layout(picture: dict[str, Any]) -> None:
     links = [link for link in _LINKS
              if any(stage["sent_bytes_per_rank_and_step"][link] for stage in picture["stages"])]
     header = ["stage", "holds", "ranks of each copy", "operations", "parameters", "states",
-              *(["on the host"] if offloaded else []), *(f"sent: {link}" for link in links)]
+              *(["on the host"] if offloaded else []), *(["peak memory"] if picture["pipeline"] > 1 else []),
+              *(f"sent: {link}" for link in links)]
     rows = []
     for stage in picture["stages"]:
         sent = [human_bytes(stage["sent_bytes_per_rank_and_step"][link]) for link in links]
         host = [human_bytes(stage["host_state_bytes_per_rank"])] if offloaded else []
+        peak = [human_bytes(stage["peak_memory_bytes_per_rank"])] if picture["pipeline"] > 1 else []
         rows.append([stage["stage"], stage["holds"], _copies(stage["ranks_of_each_copy"]),
                      f"{stage['share_of_operations']:.1%}", stage["parameters_per_rank"],
-                     human_bytes(stage["state_bytes_per_rank"]), *host, *sent])
+                     human_bytes(stage["state_bytes_per_rank"]), *host, *peak, *sent])
     print_table(header, rows, title=f"layout: {picture['summary']}; figures are per process, bytes sent per step")
     if picture["tensor"] > 1:
         print()

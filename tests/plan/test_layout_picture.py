@@ -25,9 +25,9 @@ def test_two_by_two_by_two(tmp_path, capsys):
     assert [" ".join(line.split()) for line in lines[1:]] == [
         "layout: tensor 2 with sequence parallelism x pipeline 2 x data 2 = 8 processes; figures are per process, "
         "bytes sent per step",
-        "stage holds ranks of each copy operations parameters states sent: tensor sent: pipeline sent: data",
-        "0 embedding, block 0 [0 1] [2 3] 44.0% 6,976 95.4 KiB 40.5 KiB 4.0 KiB 40.9 KiB",
-        "1 block 1, norm, head [4 5] [6 7] 56.0% 7,008 95.8 KiB 41.5 KiB 4.0 KiB 41.1 KiB",
+        "stage holds ranks of each copy operations parameters states peak memory sent: tensor sent: pipeline sent: data",
+        "0 embedding, block 0 [0 1] [2 3] 44.0% 6,976 95.4 KiB 3.0 GiB 40.5 KiB 4.0 KiB 40.9 KiB",
+        "1 block 1, norm, head [4 5] [6 7] 56.0% 7,008 95.8 KiB 3.0 GiB 41.5 KiB 4.0 KiB 41.1 KiB",
         "",
         "shards of every layer",
         "tensor rank query heads key value heads swiglu channels vocabulary rows",
@@ -43,7 +43,7 @@ def test_one_process_needs_one_line(tmp_path, capsys):
     print_layout(picture(tmp_path, profile(), 1))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and "= 1 process;" in lines[1] and "sent" not in lines[2]
-    assert lines[3].split("  ")[-1].strip() == "543.1 KiB" and "embedding, blocks 0 to 1, norm, head" in lines[3]
+    assert lines[3].split("  ")[-1].strip() == "434.5 KiB" and "embedding, blocks 0 to 1, norm, head" in lines[3]
 
 
 def test_many_copies_are_folded_and_offloading_has_a_column(tmp_path, capsys):
