@@ -12,14 +12,13 @@ attention keeps nothing that would be worth it).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ttl.kernels.documents import Documents
-from megatron_ttl.kernels.swiglu import swiglu
 from megatron_ttl.model.llama import TransformerBlock
 
 Recompute = Literal["none", "selective", "full"]
@@ -28,29 +27,35 @@ Recompute = Literal["none", "selective", "full"]
 def recompute_in(layer: nn.Module, kind: Recompute) -> nn.Module:
     """Make a block forget activations while it trains; other layers stay as they are."""
     if isinstance(layer, TransformerBlock) and kind != "none":
-        forward = {"selective": _selective, "full": _full}[kind]
-        layer.forward = partial(forward, layer, type(layer).forward)  # type: ignore[method-assign]
+        layer.add_forward = MethodType({"selective": _selective, "full": _full}[kind], layer)  # type: ignore[method-assign]
     return layer
 
 
-def _forgetting(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def _forgetting(function: Callable[..., Any], *inputs: Tensor) -> Any:
     # Nothing random happens inside, so the generators' states need not be kept.
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def _full(block: TransformerBlock, forward: Callable[..., Tensor], x: Tensor, cache: Any = None,
-          documents: Documents | None = None) -> Tensor:
-    if not block.training or cache is not None:
-        return forward(block, x, cache, documents)
-    return _forgetting(lambda t: forward(block, t, None, documents), x)
+def _sum(residual: Tensor, delta: Tensor | None) -> Tensor:
+    """Add what is still to be added: what is kept is then one tensor and not two."""
+    return residual if delta is None else residual + delta
 
 
-def _selective(block: TransformerBlock, forward: Callable[..., Tensor], x: Tensor, cache: Any = None,
-               documents: Documents | None = None) -> Tensor:
-    """The block's own formula, with its four parts grouped by what is forgotten."""
+def _full(block: TransformerBlock, residual: Tensor, delta: Tensor | None, documents: Documents | None = None,
+          cache: Any = None) -> tuple[Tensor, Tensor]:
     if not block.training or cache is not None:
-        return forward(block, x, cache, documents)
+        return TransformerBlock.add_forward(block, residual, delta, documents, cache)
+    return _forgetting(lambda x: TransformerBlock.add_forward(block, x, None, documents), _sum(residual, delta))
+
+
+def _selective(block: TransformerBlock, residual: Tensor, delta: Tensor | None, documents: Documents | None = None,
+               cache: Any = None) -> tuple[Tensor, Tensor]:
+    """The block's own formula, with its parts grouped by what is forgotten."""
+    if not block.training or cache is not None:
+        return TransformerBlock.add_forward(block, residual, delta, documents, cache)
     attention, mlp = block.self_attn, block.mlp
-    x = x + attention.mix(_forgetting(lambda t: attention.qkv_proj(block.input_layernorm(t)), x), None, documents)
-    wide = _forgetting(lambda t: mlp.gate_up_proj(block.post_attention_layernorm(t)), x)
-    return x + _forgetting(lambda t: mlp.down_proj(swiglu(t)), wide)
+    residual = _sum(residual, delta)
+    packed = _forgetting(lambda x: attention.qkv_proj(block.input_layernorm(x)), residual)
+    residual = residual + attention.mix(packed, None, documents)
+    wide = _forgetting(lambda x: mlp.gate_up_proj(block.post_attention_layernorm(x)), residual)
+    return residual, _forgetting(mlp.narrow, wide)
