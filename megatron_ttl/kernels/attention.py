@@ -9,6 +9,7 @@ and cuDNN is left out for its limits on shapes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -18,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ttl.kernels.flash_attn import causal_flash_attn
 
-_NAMED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
           "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+"""PyTorch's backends by the names of `KernelPaths`."""
 
 
 def attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -53,44 +55,55 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     if query.shape[2] == key.shape[2]:
         if path == "flash_attn":
             return causal_flash_attn(query, key, value)
-        return _attend(query, key, value, _backends(query, path))
-    grouped = query.shape[1] != key.shape[1]
-    if query.shape[2] == 1:
-        return F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped)
-    # Several queries on top of a cache: PyTorch's is_causal would align the triangle to the first key.
-    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-    mask = seen.tril(key.shape[2] - query.shape[2])
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
+        # A compiled region cannot ask for the device's architecture: `prefer_attention_backend` has, and "auto" is its choice.
+        switched = path == "auto" and torch.compiler.is_compiling()
+        return _attend(query, key, value, [] if switched else backends_of(query.device, query.dtype, path))
+    # On top of a cache the order is PyTorch's own. Several queries take a mask: is_causal would begin at the first key.
+    if query.shape[2] > 1:
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = seen.tril(key.shape[2] - query.shape[2])
+    everything_on = torch.backends.cuda.math_sdp_enabled()  # unless `prefer_attention_backend` left one alone
+    with contextlib.nullcontext() if everything_on else sdpa_kernel(list(BACKENDS.values())):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask,
+                                              enable_gqa=query.shape[1] != key.shape[1])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, backends: list[SDPBackend], mask: Tensor | None = None) -> Tensor:
+    """Call PyTorch with its switches set to these backends, in this order; with none, as they stand."""
     grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda and backends[0] is SDPBackend.EFFICIENT_ATTENTION:
-        # It takes no groups, and PyTorch would go on to the written-out formula without a word.
+    first = backends[0] if backends else None
+    if grouped and query.is_cuda and (first is SDPBackend.EFFICIENT_ATTENTION or query.dtype == torch.float32):
+        # The one fused backend that is left takes no groups, and PyTorch would go on to the formula without a word.
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
         grouped = False
-    with sdpa_kernel(backends, set_priority=True):
+    as_they_stand = first is None or (mask is None and not torch.compiler.is_compiling() and torch.is_grad_enabled()
+                                      and _switched_to(first))
+    with contextlib.nullcontext() if as_they_stand else sdpa_kernel(backends, set_priority=True):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
-def _backends(query: Tensor, path: str) -> list[SDPBackend]:
+def _switched_to(backend: SDPBackend) -> bool:
+    """Whether this backend alone is left on, so that a training step need not change PyTorch's switches and back."""
+    switches = torch.backends.cuda
+    on = (switches.cudnn_sdp_enabled(), switches.flash_sdp_enabled(), switches.mem_efficient_sdp_enabled(),
+          switches.math_sdp_enabled())
+    return on == tuple(backend is known for known in BACKENDS.values())
+
+
+def backends_of(device: torch.device, dtype: torch.dtype, path: str) -> list[SDPBackend]:
     """Order PyTorch's backends; one that is asked for by name stands alone, so that PyTorch says where it cannot."""
-    if path in _NAMED:
-        return [_NAMED[path]]
-    if not query.is_cuda:
+    if path in BACKENDS:
+        return [BACKENDS[path]]
+    if device.type != "cuda":
         return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    if query.dtype == torch.float32:
+    if dtype == torch.float32:
         return [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return [SDPBackend.CUDNN_ATTENTION, *fused] if _cudnn_leads(query.device) else fused
+    # On Hopper alone cuDNN leads: 1.6 times flash there, slower on Ampere.
+    return [SDPBackend.CUDNN_ATTENTION, *fused] if torch.cuda.get_device_capability(device)[0] == 9 else fused
 
 
 def _masking_backends(query: Tensor) -> list[SDPBackend]:
     """Order the backends that add any mask: on a GPU flash takes none, and cuDNN is left out for its limits on shapes."""
     first = SDPBackend.EFFICIENT_ATTENTION if query.is_cuda else SDPBackend.FLASH_ATTENTION
     return [first, SDPBackend.MATH]
-
-
-def _cudnn_leads(device: torch.device) -> bool:
-    """On Hopper alone: 1.6 times flash there, slower on Ampere."""
-    return torch.cuda.get_device_capability(device)[0] == 9
