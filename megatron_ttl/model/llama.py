@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, delta, self.scale(), self.eps, self.paths.rms_norm)
 
 
-def _add_and_norm(norm: nn.Module, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+def add_and_norm(norm: nn.Module, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the residual stream with what was still to be added, and its norm."""
     return (residual, norm(residual)) if delta is None else norm(residual, delta)
 
@@ -165,8 +165,8 @@ class TransformerBlock(nn.Module):
     def add_forward(self, residual: Tensor, delta: Tensor | None, documents: Documents | None = None,
                     cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
         """Take and return the residual stream and what is still to be added to it, [b, s, h] all."""
-        residual, normed = _add_and_norm(self.input_layernorm, residual, delta)
-        residual, normed = _add_and_norm(self.post_attention_layernorm, residual,
+        residual, normed = add_and_norm(self.input_layernorm, residual, delta)
+        residual, normed = add_and_norm(self.post_attention_layernorm, residual,
                                          self.self_attn(normed, cache, documents))
         return residual, self.mlp(normed)
 
@@ -185,7 +185,7 @@ class LMHead(nn.Module):
 
     def add_forward(self, residual: Tensor, delta: Tensor | None) -> Tensor:
         """[b, s, h] twice -> [b, s, v]"""
-        return self.lm_head(_add_and_norm(self.norm, residual, delta)[1])
+        return self.lm_head(add_and_norm(self.norm, residual, delta)[1])
 
 
 def layer_classes(config: ModelConfig) -> list[type[nn.Module]]:
