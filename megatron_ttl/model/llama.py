@@ -1,5 +1,8 @@
 """Llama-2 as a list of layers, each Tensor -> Tensor.
 
+A layer also takes the residual stream in two parts, `add_forward(residual, delta)`: what a block adds at its end is added
+by the next layer's norm, which reads the sum anyway. `Llama` runs its layers that way; the numbers are the same.
+
 Shapes: b micro batch, s sequence, h hidden, n query heads, k key/value heads, d head size, f intermediate,
 v vocabulary.
 """
@@ -15,8 +18,9 @@ from torch import Tensor, nn
 from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.kernels.attention import attention
 from megatron_ttl.kernels.documents import Documents, documents_of
-from megatron_ttl.kernels.rms_norm import rms_norm
-from megatron_ttl.kernels.rotary import rotary, rotary_tables
+from megatron_ttl.kernels.paths import KernelPaths
+from megatron_ttl.kernels.rms_norm import add_rms_norm, rms_norm
+from megatron_ttl.kernels.rotary import rotary_heads, rotary_tables
 from megatron_ttl.kernels.swiglu import swiglu
 
 
@@ -29,21 +33,43 @@ class KeyValueCache(Protocol):
         """Add [b, k, s_new, d] keys and values; return all so far, [b, k, s_total, d]."""
 
 
+def use_paths(module: nn.Module, paths: KernelPaths) -> None:
+    """Choose the implementations of all operations inside a module."""
+    for part in module.modules():
+        if hasattr(type(part), "paths"):
+            part.paths = paths
+
+
 class RMSNorm(nn.Module):
     """RMSNorm with a learnt scale."""
+
+    paths = KernelPaths()
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h]"""
-        return rms_norm(x, self.weight, self.eps)
+    def scale(self) -> Tensor:
+        """Return what multiplies each channel, [h]."""
+        return self.weight
+
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., h] -> [..., h]; with something to add, [..., h] twice -> the sum and its norm."""
+        if delta is None:
+            return rms_norm(x, self.scale(), self.eps, self.paths.rms_norm)
+        return add_rms_norm(x, delta, self.scale(), self.eps, self.paths.rms_norm)
+
+
+def add_and_norm(norm: nn.Module, residual: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the residual stream with what was still to be added, and its norm."""
+    return (residual, norm(residual)) if delta is None else norm(residual, delta)
 
 
 class SelfAttention(nn.Module):
     """Causal self-attention with rotary positions; query, key and value come from one packed projection."""
+
+    paths = KernelPaths()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -55,7 +81,7 @@ class SelfAttention(nn.Module):
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self._rotary: tuple[Tensor, Tensor] | None = None
 
-    def _angles(self, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def angles(self, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cos and sin for positions start .. start + count, growing the cached tables when needed.
 
         They are no buffers: `module.to(bfloat16)` and the engine's casts must not reach them.
@@ -76,23 +102,22 @@ class SelfAttention(nn.Module):
         """
         batch, length, _ = packed.shape
         heads = packed.view(batch, length, -1, self.head_dim)  # [b, s, n + 2k, d]
-        kv_heads = heads.shape[2] // (self.groups + 2)
-        # Queries and keys turn together: they lie side by side in the packed projection.
-        turned, value = heads.split((kv_heads * (self.groups + 1), kv_heads), dim=2)
-        cos, sin = self._angles(cache.length if cache else 0, length, packed.device)
+        cos, sin = self.angles(cache.length if cache else 0, length, packed.device)
         positions, mask = documents or (None, None)
         if positions is not None:
             cos, sin = cos[positions], sin[positions]  # [b, s, d/2]
-        query, key = rotary(turned, cos, sin).split((kv_heads * self.groups, kv_heads), dim=2)
-        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
+        query, key, value = rotary_heads(heads, cos, sin, heads.shape[2] // (self.groups + 2), self.paths.rotary)
         if cache is not None:
             key, value = cache.append(key, value)
-        mixed = attention(query, key, value, mask)  # [b, n, s, d]
+        mixed = attention(query, key, value, mask, self.paths.attention)  # [b, n, s, d]
+        # Every fused backend stores [b, s, n, d], so that this copies nothing, forward and backward.
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
 class MLP(nn.Module):
     """SwiGLU feed-forward; gate and up come from one packed projection."""
+
+    paths = KernelPaths()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -101,7 +126,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, h] -> [b, s, h]"""
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        return self.narrow(self.gate_up_proj(x))
+
+    def narrow(self, packed: Tensor) -> Tensor:
+        """Gate and project back: [b, s, 2f] -> [b, s, h]."""
+        return self.down_proj(swiglu(packed, self.paths.swiglu))
 
 
 class TokenEmbedding(nn.Module):
@@ -130,8 +159,16 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None, documents: Documents | None = None) -> Tensor:
         """[b, s, h] -> [b, s, h]"""
-        x = x + self.self_attn(self.input_layernorm(x), cache, documents)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        residual, delta = self.add_forward(x, None, documents, cache)
+        return residual + delta
+
+    def add_forward(self, residual: Tensor, delta: Tensor | None, documents: Documents | None = None,
+                    cache: KeyValueCache | None = None) -> tuple[Tensor, Tensor]:
+        """Take and return the residual stream and what is still to be added to it, [b, s, h] all."""
+        residual, normed = add_and_norm(self.input_layernorm, residual, delta)
+        residual, normed = add_and_norm(self.post_attention_layernorm, residual,
+                                         self.self_attn(normed, cache, documents))
+        return residual, self.mlp(normed)
 
 
 class LMHead(nn.Module):
@@ -144,7 +181,11 @@ class LMHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, h] -> [b, s, v]"""
-        return self.lm_head(self.norm(x))
+        return self.add_forward(x, None)
+
+    def add_forward(self, residual: Tensor, delta: Tensor | None) -> Tensor:
+        """[b, s, h] twice -> [b, s, v]"""
+        return self.lm_head(add_and_norm(self.norm, residual, delta)[1])
 
 
 def layer_classes(config: ModelConfig) -> list[type[nn.Module]]:
@@ -152,10 +193,18 @@ def layer_classes(config: ModelConfig) -> list[type[nn.Module]]:
     return [TokenEmbedding, *[TransformerBlock] * config.num_hidden_layers, LMHead]
 
 
-class SequentialWithinDocuments(nn.Sequential):
-    """All layers of a model, one after the other; documents that share a sample do not see each other."""
+class Llama(nn.Sequential):
+    """All layers of a model, one after the other."""
 
-    def __init__(self, layers: Iterable[nn.Module], eos_id: int) -> None:
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[b, s] -> [b, s, v]"""
+        return _run(self, input_ids, None)
+
+
+class LlamaWithinDocuments(Llama):
+    """All layers of a model; documents that share a sample do not see each other."""
+
+    def __init__(self, *layers: nn.Module, eos_id: int) -> None:
         super().__init__(*layers)
         self.eos_id = eos_id
 
@@ -172,12 +221,16 @@ def within_documents(layers: Iterable[nn.Module], input_ids: Tensor, eos_id: int
         input_ids: [b, s]; a document begins a sample, and after every `eos_id`.
         eos_id: the id that ends a document and stands nowhere else.
     """
+    return _run(layers, input_ids, eos_id)
+
+
+def _run(layers: Iterable[nn.Module], input_ids: Tensor, eos_id: int | None) -> Tensor:
     embedding, *blocks, head = layers
-    x = embedding(input_ids)
-    documents = documents_of(input_ids, eos_id, x.dtype)
+    residual, delta = embedding(input_ids), None
+    documents = None if eos_id is None else documents_of(input_ids, eos_id, residual.dtype)
     for block in blocks:
-        x = block(x, None, documents)
-    return head(x)
+        residual, delta = block.add_forward(residual, delta, documents)
+    return head.add_forward(residual, delta)
 
 
 def initialize_layer(layer: nn.Module, config: ModelConfig, index: int, seed: int) -> None:
@@ -201,7 +254,7 @@ def initialize_layer(layer: nn.Module, config: ModelConfig, index: int, seed: in
 
 
 def build_model(config: ModelConfig, seed: int | None, device: torch.device | str = "cpu",
-                dtype: torch.dtype = torch.float32) -> nn.Sequential:
+                dtype: torch.dtype = torch.float32) -> Llama:
     """Build the whole model: `model(input_ids [b, s]) -> logits [b, s, v]`.
 
     Args:
@@ -218,4 +271,4 @@ def build_model(config: ModelConfig, seed: int | None, device: torch.device | st
         if seed is not None:
             initialize_layer(layer, config, index, seed)
         layers.append(layer)
-    return nn.Sequential(*layers)
+    return Llama(*layers)

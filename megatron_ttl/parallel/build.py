@@ -8,7 +8,7 @@ import io
 from torch import nn
 
 from megatron_ttl.config.schema import RunFile
-from megatron_ttl.model.llama import SequentialWithinDocuments, layer_classes
+from megatron_ttl.model.llama import Llama, LlamaWithinDocuments, layer_classes
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.parallel.pipeline import LossFunction, PipelineStage
 from megatron_ttl.parallel.recompute import Recompute, recompute_in
@@ -34,7 +34,7 @@ def build_part(run: RunFile, mesh: Mesh, recompute: Recompute, loss: LossFunctio
 
     if mesh.layout.pipeline == 1:
         layers = [layer(index) for index in range(len(layer_classes(run.model)))]
-        return nn.Sequential(*layers) if eos_id is None else SequentialWithinDocuments(layers, eos_id)
+        return Llama(*layers) if eos_id is None else LlamaWithinDocuments(*layers, eos_id=eos_id)
     assert eos_id is None, "stages behind the first have no ids"
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its partition
         return PipelineStage(run.model, run.train.sequence_length, mesh, layer, loss)

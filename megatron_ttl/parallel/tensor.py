@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ttl.kernels.rms_norm import rms_norm
+from megatron_ttl.model.llama import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -158,15 +158,14 @@ class VocabularyParallelEmbedding(_OwnPart):
         return self.parallel.leave(rows.masked_fill(elsewhere[..., None], 0.0))
 
 
-class SequenceParallelNorm(nn.Module):
-    """RMSNorm of this rank's tokens; its weight is the same everywhere and learns from all."""
+class SequenceParallelNorm(RMSNorm):
+    """RMSNorm of this rank's tokens, [b, s/t, h]; its weight is the same everywhere and learns from all."""
 
     def __init__(self, weight: Tensor, eps: float, parallel: TensorParallel) -> None:
-        super().__init__()
+        super().__init__(len(weight), eps)
         self.weight = nn.Parameter(weight)
-        self.eps = eps
         self.parallel = parallel
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[b, s/t, h] -> [b, s/t, h]"""
-        return rms_norm(x, self.parallel.share(self.weight), self.eps)
+    def scale(self) -> Tensor:
+        """Return the weight, which learns from every rank's tokens."""
+        return self.parallel.share(self.weight)

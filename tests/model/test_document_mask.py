@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_ttl.generate.kv_cache import build_caches
 from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL, cross_entropy
 from megatron_ttl.kernels.documents import documents_of
-from megatron_ttl.model.llama import SequentialWithinDocuments, build_model, within_documents
+from megatron_ttl.model.llama import LlamaWithinDocuments, build_model, within_documents
 from megatron_ttl.testing import tiny_model
 
 EOS, S = 2, 32
@@ -72,7 +72,7 @@ def test_packed_equals_alone(kv_heads, lengths):
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 11))
 def test_a_document_knows_nothing_of_its_neighbours(lengths, chosen):
     """Other ids before and behind it change nothing, to the bit."""
-    model = SequentialWithinDocuments(spread_model(), EOS)
+    model = LlamaWithinDocuments(*spread_model(), eos_id=EOS)
     first, second = (documents_of_lengths(lengths, seed) for seed in (1, 2))
     chosen %= len(lengths)
     second[chosen] = first[chosen]
