@@ -20,10 +20,12 @@ STRETCH = 8192
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    """The kernels on the CPU, and fresh numbers in every test and run."""
+    """The kernels on the CPU, fresh numbers in every test and run, and NaN in what is allocated and not written."""
     print("seed", torch.seed())  # shown where a test fails
+    torch.use_deterministic_algorithms(True)
     with emulation():
         yield
+    torch.use_deterministic_algorithms(False)
 
 
 def scalar(value: float) -> Tensor:
