@@ -69,6 +69,41 @@ __device__ __forceinline__ void store(T* place, const Vector<T>& vector) {
 #endif
 }
 
+// A vector as four registers, zeros where `here` is false; for kernels that keep many vectors. A `Vector` that is kept over
+// a branch or a reduction may take a register for every element.
+template <typename T>
+__device__ __forceinline__ uint4 load_packed(const T* place, bool here) {
+    uint4 raw = {0, 0, 0, 0};
+    if (!here) return raw;
+#ifdef TTL_EMULATED
+    if (!aligned(place)) std::abort();
+#endif
+    return *reinterpret_cast<const uint4*>(place);
+}
+
+template <typename T>
+__device__ __forceinline__ Vector<T> unpacked(const uint4& raw) {
+    Vector<T> vector;
+    memcpy(&vector, &raw, sizeof(raw));
+    return vector;
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 packed(const Vector<T>& vector) {
+    uint4 raw;
+    memcpy(&raw, &vector, sizeof(raw));
+    return raw;
+}
+
+// Have the compiler forget what it computed from these registers: it would keep the widened elements.
+__device__ __forceinline__ void keep_packed(uint4& raw) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+#else
+    (void)raw;
+#endif
+}
+
 __device__ __forceinline__ float warp_sum(float value) {
     for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL_LANES, value, lanes);
     return value;

@@ -126,7 +126,7 @@ extern "C" int ttl_swiglu_backward(const void* dy, const void* gate_up, void* gr
         auto* to = static_cast<T*>(gradient);
         const bool vectors = width % Vector<T>::size == 0 && aligned(slope) && aligned(from) && aligned(to);
         const dim3 blocks = grid(rows, width, vectors ? Vector<T>::size : 1);
-        return launch(vectors ? backward<T, Vector<T>> : backward<T, Single<T>>, blocks, dim3(COLUMNS, LANES), 0, stream, slope,
-                      from, to, rows, width);
+        return launch(vectors ? backward<T, Vector<T>> : backward<T, Single<T>>, blocks, dim3(COLUMNS, LANES), 0, stream,
+                      slope, from, to, rows, width);
     });
 }
