@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_emulation import in_both_orders
-from gpu import needs_gpu
+from gpu import gpu_test, needs_gpu
 from kernel_errors import assert_guards_hold, assert_no_worse, guarded, poisoned_memory
 
 from megatron_ttl.kernels import build
@@ -118,3 +118,13 @@ def test_on_a_gpu(device, dtype, width):
     assert torch.equal(ours[1], again[1])
     for value, pytorchs, wanted in zip(ours, forward_and_backward(swiglu, gate_up, dy), in_fp64(gate_up, dy), strict=True):
         assert_no_worse(value, pytorchs, wanted)
+
+
+@gpu_test
+def test_places_beyond_32_bits_on_a_gpu():
+    """The last rows of more than 2^31 elements are what they are alone, in both passes."""
+    rows, width = 2**31 // 8192 + 9, 4096
+    gate_up = torch.randn(rows, 2 * width, device="cuda", dtype=torch.bfloat16)
+    ours, alone = (forward_and_backward(lambda t: swiglu(t, "cuda"), t, t[:, :width]) for t in (gate_up, gate_up[-16:]))
+    for value, last in zip(ours, alone, strict=True):
+        assert torch.equal(value[-16:], last)
