@@ -69,7 +69,8 @@ inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStr
     std::memset(place, value, bytes);
     return cudaSuccess;
 }
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
 template <typename Kernel>
