@@ -27,26 +27,28 @@ struct Row {
 };
 
 // Copy 16 bytes to shared memory without waiting for them, and without a register that holds them on the way.
-template <typename T>
-__device__ __forceinline__ void start_copy(uint4* shared, const T* place) {
-#ifdef __CUDA_ARCH__
+__device__ __forceinline__ void start_copy(uint4* shared, const void* place) {
+#ifdef TTL_EMULATED
+    emulator::start_copy(shared, place);
+#else
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
                  "l"(__cvta_generic_to_global(place)) : "memory");
-#else
-    const Vector<T> vector = load(place);
-    memcpy(shared, &vector, sizeof(vector));
 #endif
 }
 
 // End a group of copies; wait until all but the last AHEAD - 1 groups of this thread have arrived.
 __device__ __forceinline__ void end_group() {
-#ifdef __CUDA_ARCH__
+#ifdef TTL_EMULATED
+    emulator::end_group();
+#else
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
 __device__ __forceinline__ void wait_for_oldest_group() {
-#ifdef __CUDA_ARCH__
+#ifdef TTL_EMULATED
+    emulator::wait_for_groups(AHEAD - 1);
+#else
     asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
 #endif
 }
