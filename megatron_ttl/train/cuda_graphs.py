@@ -35,14 +35,14 @@ class GraphRecorder:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Record a function without running it; return what runs it.
+        """Record a function without running it, on the stream whose workspaces are there already; return what runs it.
 
         Raises:
             RuntimeError: it does something that cannot be recorded, or memory does not suffice.
         """
         graph = torch.cuda.CUDAGraph()
         # The thread that reads data ahead pins memory meanwhile, which a recording of all threads would forbid.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             function()
         self._pool = graph.pool()
         self._kept.append(list(tensors_beside(self._module)))

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from megatron_ttl.checkpoint.state import TrainedState
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL
+from megatron_ttl.model.llama import use_paths
 from megatron_ttl.parallel.build import build_part
+from megatron_ttl.parallel.compiled import compile_model
 from megatron_ttl.parallel.loss import exact_nats, loss_sum, most_probable, valid_tokens, whole_vocabulary
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.parallel.pipeline import LossFunction, MicroBatches
 from megatron_ttl.parallel.recompute import Recompute
 from megatron_ttl.parallel.shard import tensor_parallel_of
 from megatron_ttl.train.deepspeed_drive import DeepSpeedDrive
-from megatron_ttl.train.engine_options import EngineOptions, compile_model
+from megatron_ttl.train.engine_options import EngineOptions
 from megatron_ttl.train.flat_drive import FlatDrive
 from megatron_ttl.train.optimizer import build_optimizer, parameter_groups
 from megatron_ttl.train.step_result import StepResult
@@ -52,6 +54,7 @@ class Engine:
             torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
         self.options = options
         model = build_part(run, mesh, recompute, self._loss, eos_id)
+        use_paths(model, options.paths)
         if options.compile:
             compile_model(model)
         self.decay_groups = parameter_groups(model, run.optimizer)

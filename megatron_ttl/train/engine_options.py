@@ -6,13 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
 from megatron_ttl.config.deepspeed import DeepSpeedProfile
 from megatron_ttl.config.engine import EngineKind, engine_kind, records_graphs
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.kernels.paths import KernelPaths
-from megatron_ttl.model.llama import TransformerBlock
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,3 @@ def engine_options(run: RunFile, profile: DeepSpeedProfile, world_size: int, dev
 def kernel_paths(profile: DeepSpeedProfile, device: torch.device) -> KernelPaths:
     """Return the implementation of each operation on a device."""
     return KernelPaths()
-
-
-def compile_model(model: nn.Module) -> None:
-    """Let torch.compile make the kernels of every block, in place; all blocks share what is compiled."""
-    for module in model.modules():
-        if isinstance(module, TransformerBlock):
-            module.compile(dynamic=False)
