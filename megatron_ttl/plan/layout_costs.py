@@ -12,6 +12,7 @@ from math import prod
 
 from megatron_ttl.config.checks import accumulation
 from megatron_ttl.config.degrees import data_parallel_size_of
+from megatron_ttl.config.engine import engine_kind
 from megatron_ttl.config.load import Settings
 from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.parallel.plan import TENSOR_PLAN, Layout, layer_costs, parts_of, stage_bounds
@@ -78,12 +79,8 @@ def parameters_on(model: ModelConfig, layout: Layout, layers: range) -> int:
 
 
 def runs_flat(settings: Settings, layout: Layout) -> bool:
-    """Return whether a GPU's only process trains without DeepSpeed's engine: in bf16 or fp32, nothing offloaded."""
-    profile = settings.profile
-    asked = getattr(profile, "engine", "auto")
-    only_deepspeed = (profile.precision == "fp16" or profile.wall_clock_breakdown
-                      or profile.zero_optimization.offload_optimizer is not None)
-    return asked == "flat" or (asked == "auto" and layout.world_size == 1 and not only_deepspeed)
+    """Return whether a process on a GPU trains with the flat engine."""
+    return engine_kind(settings.profile, layout.world_size, cuda=True) == "flat"
 
 
 def state_bytes(settings: Settings, parameters: int, data: int, flat: bool = False) -> tuple[int, int]:

@@ -10,8 +10,8 @@ pass, the update. At each there are
 - what the operation at work takes beyond that ("transient");
 - buffers: rotary tables, document mask, ZeRO's buckets and gathered weights, tensors between stages, cuBLAS's workspace;
 
-and beside PyTorch's allocations a reserve: CUDA context, NCCL, what lies idle between blocks of the allocator. No torch:
-`--dry-run` must be quick.
+and beside PyTorch's peak a reserve: CUDA context, NCCL, what lies idle between blocks of the allocator or in recorded CUDA
+graphs. No torch: `--dry-run` must be quick.
 
 The forecast is for eager mode; `torch.compile` may keep more or less. Activations, logits, gradients and transients are
 compared with counted storages of real steps by the tests, reserve and workspaces are assumptions (named below).
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from megatron_ttl.config.engine import records_graphs
 from megatron_ttl.config.load import Settings
 from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.parallel.plan import Layout, stage_bounds
@@ -126,8 +127,7 @@ def with_profile(settings: Settings, **keys: object) -> Settings:
 
 def paths_of(settings: Settings) -> Paths:
     """Return the implementations that the profile asks for; "auto" is what runs where our kernels are compiled."""
-    asked = getattr(settings.profile, "kernels", None)
-    named = {name: path for name, path in (asked.model_dump() if asked else {}).items() if path != "auto"}
+    named = {name: path for name, path in settings.profile.implementations.model_dump().items() if path != "auto"}
     if settings.run.data.document_mask:
         named["attention"] = "efficient"  # the one that masks
     elif settings.profile.precision == "fp32":
@@ -166,6 +166,7 @@ class _Stage:
         self.parameters_of = {0: 0, self.last: 0} | {layer: parameters_on(run.model, layout, range(layer, layer + 1))
                                                      for layer in layers if layer in (0, *self.blocks[:1], self.last)}
         self.flat = runs_flat(settings, layout)
+        self.recorded = self.flat and records_graphs(profile, run, "flat", cuda=True)
         stage = profile.zero_optimization.stage
         offloaded = profile.zero_optimization.offload_optimizer is not None
         self.engine = ("flat" if self.flat else "plain" if stage == 0 else
@@ -207,6 +208,9 @@ class _Stage:
         gradients, buffers = self._gradients(done), self._buffers(in_backward)
         reserve = CUDA_CONTEXT + (NCCL_BUFFERS if self.layout.world_size > 1 else 0)
         reserve += round(FRAGMENTATION * (gradients + sum(parts) + buffers))
+        if self.recorded:  # a forward pass that evaluates cannot use the memory of the recording
+            x = self.token
+            reserve += round(self.tokens * (activations.logits(x) + (x.packed + 3 * x.hidden + 3 * x.wide) * x.number))
         return MemoryForecast(self.number, moment, states, gradients, *parts, buffers, reserve)
 
     def _gradients(self, done: int) -> int:

@@ -15,6 +15,7 @@ from megatron_ttl.config.deepspeed import resolve_deepspeed
 from megatron_ttl.config.degrees import data_parallel_size_of
 from megatron_ttl.config.load import load_settings
 from megatron_ttl.train.engine import Engine
+from megatron_ttl.train.engine_options import engine_options
 
 
 class KeptByAutograd(torch.autograd.graph.saved_tensors_hooks):
@@ -106,6 +107,6 @@ def engine_of(mesh, deepspeed_path: str, run_path: str) -> tuple[Engine, Callabl
     run, profile = settings.run, settings.profile
     resolved = resolve_deepspeed(settings, data_parallel_size_of(settings, mesh.world_size))
     engine = Engine(run, resolved, mesh.cut(profile.cut.tensor, profile.cut.pipeline, profile.cut.sequence),
-                    profile.recompute)
+                    profile.recompute, options=engine_options(run, profile, mesh.world_size, mesh.device))
     ids = torch.zeros(profile.train_micro_batch_size_per_gpu, run.train.sequence_length, dtype=torch.int64)
     return engine, lambda: engine.train_step([(ids, ids)] * engine.accumulation, 1e-3, run.train.tokens_per_step)
