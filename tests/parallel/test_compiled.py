@@ -87,7 +87,9 @@ def test_only_training_is_compiled():
     with torch.no_grad():
         assert torch.equal(compiled(ids), plain(ids))
         for length in (9, 1):
-            assert torch.equal(*(cached_logits(m, ids[:, :length], c) for m, c in zip((compiled, plain), caches, strict=True)))
+            ours, theirs = (cached_logits(model, ids[:, :length], cache)
+                            for model, cache in zip((compiled, plain), caches, strict=True))
+            assert torch.equal(ours, theirs)
     compiled.eval()
     assert torch.equal(compiled(ids[:1, :5]), plain(ids[:1, :5]))
     assert not counters["stats"]

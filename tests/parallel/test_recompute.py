@@ -55,7 +55,7 @@ def test_numbers_stay_to_the_bit(kind):
 
 
 def test_a_block_more_keeps_what_it_must(kind):
-    """`full` its input alone, not the two parts of it; `selective` two sums, what attention reads and gives, SwiGLU's input."""
+    """`full` its input, not the two parts of it; `selective` two sums, what attention reads and gives, SwiGLU's input."""
     ids = token_ids()[:, :-1]
     tokens, hidden, wide, kv = ids.numel(), 32, 80, 16
     turned = hidden + kv  # new memory beside the packed projection, which the values keep alive
