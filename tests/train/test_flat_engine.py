@@ -82,6 +82,7 @@ def test_bf16_sums_of_one_micro_batch_are_those_of_fp32():
     """A widened gradient is added to nothing: norms and losses of DeepSpeed's fp32 sums to within its own rounding."""
     engine = flat_engine(replace(FLAT, precision="bf16", micro_batch=24))
     drive = engine._drive
+    assert torch.equal(drive.state.weights, drive.state.master.bfloat16())
     engine.train_step(data_of(replace(FLAT, micro_batch=24), 1)[0], 1e-3)
     assert torch.equal(drive.state.gradient, drive.state.gradient.bfloat16().float())
     assert torch.equal(drive.state.weights, drive.state.master.bfloat16())
@@ -169,6 +170,7 @@ def test_a_recorded_step_reads_everything_that_changes_from_memory(case):
             engine = flat_engine(case, graphs=graphs)
         results = [engine.train_step(micro_batches, 1e-3 * (1 + number)) for number, micro_batches in enumerate(data)]
         curves.append([(float(r.loss), float(r.grad_norm), bool(r.skipped)) for r in results])
+        assert len(set(curves[-1])) == len(data), "each result is that of its own step"
         states.append(capture(engine.state, run_of(case).model, engine.mesh))
     recorder = FakeRecorder.made[-1]
     functions = 2 + (engine.accumulation > 1)
