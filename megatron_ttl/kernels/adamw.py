@@ -31,6 +31,13 @@ def accumulate_(flat: Tensor, gradients: list[Tensor], offsets: list[int], first
         part.copy_(gradient) if first else part.add_(gradient)
 
 
+def accumulate_and_square_(flat: Tensor, gradients: list[Tensor], offsets: list[int], first: bool,
+                           path: str = "torch") -> Tensor:
+    """Accumulate as `accumulate_` does and return the buffer's squared norm; what lies in no range must be zero."""
+    accumulate_(flat, gradients, offsets, first, path)
+    return squared_norm(flat, path)
+
+
 @torch.no_grad()
 def squared_norm(flat: Tensor, path: str = "torch") -> Tensor:
     """Return the sum of all squares as an fp32 scalar on the buffer's device: [N] fp32 -> []."""
