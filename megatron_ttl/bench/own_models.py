@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch import Tensor
 from megatron_ttl.bench.training_loop import TrainingLoop
 from megatron_ttl.bench.workload import Workload
 from megatron_ttl.checkpoint.names import split_to_hf
+from megatron_ttl.config.kernels import KernelsConfig
 from megatron_ttl.config.schema import ModelConfig
-from megatron_ttl.errors import ConfigError
+from megatron_ttl.errors import ConfigError, raise_faults
 from megatron_ttl.kernels import paths as kernel_paths
 from megatron_ttl.kernels.cross_entropy import cross_entropy
 from megatron_ttl.kernels.paths import KernelPaths
@@ -38,6 +39,11 @@ class EngineContender:
         """Take one optimizer step and return its mean loss, still on the device."""
         assert self._engine is not None
         return self._engine.train_step(micro_batches, self._lr, self._labels).loss
+
+    def evaluate(self, input_ids: Tensor, labels: Tensor) -> float:
+        """Return the nats of a micro batch, as an evaluation during training does."""
+        assert self._engine is not None
+        return self._engine.held_out_nats(input_ids, labels)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -83,11 +89,34 @@ def mean_loss_of(model: Callable[[Tensor], Tensor], path: str) -> Callable[[Tens
 
 def paths_of(workload: Workload) -> KernelPaths:
     """Return the paths that the engine takes with these settings."""
+    return resolved_paths(getattr(workload.settings.profile, "implementations", KernelsConfig()), workload.device)
+
+
+def resolved_paths(choice: KernelsConfig, device: torch.device) -> KernelPaths:
+    """Return the paths of a choice.
+
+    Raises:
+        ConfigError: something is asked for by name that is not there.
+    """
     resolve = getattr(kernel_paths, "resolve_paths", None)
-    if resolve is None:
-        return KernelPaths()
-    section = getattr(workload.settings.profile, "kernels", None)
-    return resolve(section.model_dump() if section is not None else {}, workload.device).paths
+    if resolve is not None:
+        return resolve(choice.model_dump(), device).paths
+    asked = {op: path for op, path in choice if path not in ("auto", "torch")}
+    raise_faults(ConfigError, [f"kernels.{op}: is {path!r}; only \"torch\" is there; leave it out"
+                               for op, path in asked.items()])
+    return KernelPaths()
+
+
+@lru_cache
+def require_path(op: str, path: str, device: torch.device) -> str:
+    """Return the path of an operation if it is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if path != "torch":
+        resolved_paths(KernelsConfig.model_validate({op: path}), device)
+    return path
 
 
 def prefer_cudnn_attention(device: torch.device) -> Callable[[], None]:

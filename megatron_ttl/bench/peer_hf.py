@@ -68,14 +68,15 @@ def hf_llama_module() -> ModuleType:
 
 
 def open_hf_folder(folder: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a model folder with transformers, as its users do."""
+    """Load a model folder with transformers, as its users do; its `generate` ends nothing early."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True,
-                                                local_files_only=True).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    model.generation_config.eos_token_id = None
+    return model.to(device).eval()
 
 
 def hf_greedy(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:
     """Generate exactly so many tokens after a prompt, greedily: [b, s] -> [b, s + new_tokens]."""
     return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, use_cache=True,
-                          min_new_tokens=new_tokens, max_new_tokens=new_tokens, pad_token_id=0)
+                          max_new_tokens=new_tokens, pad_token_id=0)

@@ -43,7 +43,8 @@ def bench_step(config: str | None = None, deepspeed_config: str | None = None, o
     """
     faults = settings_faults({"steps": steps, "rounds": rounds}) + settings_faults({"warm-up": warm_up}, 0)
     raise_faults(ConfigError, faults + unknown_names("peer", peers, ["all", *PEERS]))
-    settings = load_workload_settings(base_profile(deepspeed_config, micro_batch), config, overrides)
+    settings = load_workload_settings(base_profile(deepspeed_config, micro_batch), config, overrides,
+                                      deepspeed_config or "machine profile")
     names = list(PEERS) if "all" in peers else list(dict.fromkeys(peers))
     builders: dict[str, Builder] = {OURS: EngineContender, **{name: PEERS[name] for name in names}}
     with opened(settings, data) as workload:

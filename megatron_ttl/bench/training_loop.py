@@ -44,17 +44,24 @@ class TrainingLoop:
     def step(self, micro_batches: MicroBatches) -> Tensor:
         """Take one optimizer step and return its mean loss, still on the device."""
         total = torch.zeros((), device=self._device)
-        batches = list(micro_batches)
-        for input_ids, labels in batches:
-            input_ids, labels = (t.to(self._device, non_blocking=True) for t in (input_ids, labels))
-            with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-                loss = self._mean_loss(input_ids, labels) / len(batches)
+        for input_ids, labels in micro_batches:
+            loss = self._loss(input_ids, labels) / len(micro_batches)
             loss.backward()
             total += loss.detach()
             if self._moved is not self._weights:
                 self._add_to_masters()
         self._update()
         return total
+
+    @torch.no_grad()
+    def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss of a micro batch, without gradients."""
+        return self._loss(input_ids, labels)
+
+    def _loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        input_ids, labels = (t.to(self._device, non_blocking=True) for t in (input_ids, labels))
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            return self._mean_loss(input_ids, labels)
 
     def _add_to_masters(self) -> None:
         """Add the gradients of a micro batch up in fp32."""

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class SyntheticTokens:
         drawn = np.stack([np.random.default_rng((self._seed, int(number))).random(self._length + 1, dtype=np.float32)
                           for number in numbers])
         ids = np.minimum((self._vocab_size * drawn**3).astype(np.int64), self._vocab_size - 1)
-        return ids[:, :-1], ids[:, 1:]
+        return np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
 
 
 def device_name(device: torch.device) -> str:
@@ -151,8 +151,14 @@ def base_profile(deepspeed_config: str | os.PathLike[str] | None, micro_batch: i
 
 
 def load_workload_settings(profile: dict[str, Any], run_config: str | os.PathLike[str] | None = None,
-                           overrides: Sequence[str] = ()) -> Settings:
+                           overrides: Sequence[str] = (), name: str = "machine profile") -> Settings:
     """Return checked settings of a profile's content and a run file; without one, of a small model.
+
+    Args:
+        profile: as a DeepSpeed JSON holds it.
+        run_config: run file.
+        overrides: `section.key=value` of the run file.
+        name: what faults call the profile.
 
     Raises:
         ConfigError: with every fault, or the profile is cut over several processes.
@@ -160,13 +166,16 @@ def load_workload_settings(profile: dict[str, Any], run_config: str | os.PathLik
     with tempfile.TemporaryDirectory() as folder:
         profile_path, run_path = Path(folder) / "profile.json", Path(folder) / "small.toml"
         profile_path.write_text(json.dumps(profile), encoding="utf-8")
-        if run_config is None:
-            run_path.write_text(SMALL_RUN, encoding="utf-8")
-        settings = load_settings(profile_path, run_config or run_path, overrides)
+        run_path.write_text(SMALL_RUN, encoding="utf-8")
+        try:
+            settings = load_settings(profile_path, run_config or run_path, overrides)
+        except ConfigError as error:
+            raise ConfigError(*(fault.replace(str(profile_path), name) for fault in error.faults)) from None
+    settings = replace(settings, deepspeed_path=Path(name))
     cut = settings.profile.cut
     if cut.tensor * cut.pipeline > 1:
-        raise ConfigError(f"parallel: tensor {cut.tensor}, pipeline {cut.pipeline}; one process is measured, so both must be "
-                          "1; take a profile of one device")
+        raise ConfigError(f"{name}: parallel: tensor {cut.tensor}, pipeline {cut.pipeline}; both must be 1, for one process "
+                          "is measured; take a profile of one device")
     resolve_deepspeed(settings, 1)  # the accumulation must come out whole
     return settings
 
