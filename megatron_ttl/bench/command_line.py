@@ -67,7 +67,7 @@ def _add_grid(subjects: argparse._SubParsersAction) -> argparse.ArgumentParser:
     _add_run(subject)
     subject.add_argument("--output", required=True, metavar="FOLDER", help="for grid.jsonl, grid.md and fastest.json")
     subject.add_argument("--axes", nargs="+", default=[], metavar="NAME",
-                         help="precision, attention, optimizer, micro_batch, recompute, compile, engine, cuda_graphs, data "
+                         help="precision, attention, optimizer, micro_batch, recompute, compiled, engine, cuda_graphs, data "
                               "(default: all)")
     subject.add_argument("--steps", type=int, default=20, help="timed steps of a row (20); energy takes a second of them")
     subject.add_argument("--warm-up", type=int, default=5, help="steps before those (5)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -102,7 +103,7 @@ def _take_turn(trial: Trial, build: Builder, workload: Workload, steps: int, war
         trial.fault = "out of memory"
     except UserError as error:
         trial.fault = "not installed" if isinstance(error, NotInstalled) else f"not available: {error.faults[0]}"
-    except Exception as error:  # noqa: BLE001: a peer's library may fail in any way, and the other rows must still come
+    except Exception as error:  # noqa: BLE001 -- a peer may fail in any way
         trial.fault = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     finally:
         if cuda:
@@ -124,7 +125,7 @@ def time_steps(step: Callable[[], Tensor], steps: int, device: torch.device) -> 
             losses.append(step())
             mark.record()
         torch.cuda.synchronize(device)
-        return [before.elapsed_time(after) / 1e3 for before, after in zip(marks, marks[1:], strict=False)], losses
+        return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)], losses
     seconds, losses = [], []
     for _ in range(steps):
         began = time.perf_counter()

@@ -11,11 +11,24 @@ from typing import Any
 import torch
 
 from megatron_ttl.bench.contender import settings_faults, unknown_names
-from megatron_ttl.bench.grid_cells import AXES, Cell, cell_of, centre_of, combined, plan_cells, profile_of, reference_of
+from megatron_ttl.bench.grid_cells import (
+    AXES,
+    Cell,
+    cell_of,
+    centre_of,
+    combined,
+    plan_cells,
+    profile_of,
+    reference_of,
+)
 from megatron_ttl.bench.grid_row import Measure, Task, measure_in_a_process
 from megatron_ttl.bench.grid_table import fastest_equal, grid_table, with_ratios
 from megatron_ttl.bench.memory_forecast import why_it_does_not_fit
-from megatron_ttl.bench.workload import base_profile, device_name, load_workload_settings
+from megatron_ttl.bench.workload import (
+    base_profile,
+    device_name,
+    load_workload_settings,
+)
 from megatron_ttl.config.load import Settings
 from megatron_ttl.console import print_warning
 from megatron_ttl.errors import ConfigError, UserError, raise_faults

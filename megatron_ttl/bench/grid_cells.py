@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-AXES = ("precision", "attention", "optimizer", "micro_batch", "recompute", "compile", "engine", "cuda_graphs", "data")
+AXES = ("precision", "attention", "optimizer", "micro_batch", "recompute", "compiled", "engine", "cuda_graphs", "data")
 """What may be explored, in the order of the rows."""
 _ATTENTION = ("math", "flash", "efficient", "cudnn", "flash_attn")
 _OPTIMIZER = ("torch", "cuda", "apex")
@@ -29,7 +29,7 @@ class Cell:
     """Sequences at a time; the step stays the same, so that it decides the accumulation."""
     recompute: str = "none"
     """As in the machine profile."""
-    compile: bool = False
+    compiled: bool = False
     """torch.compile of the blocks."""
     engine: str = "auto"
     """As in the machine profile."""
@@ -84,7 +84,7 @@ def plan_cells(cuda: bool, micro_batch: int, samples_per_step: int, axes: Sequen
         "precision": ("tf32", "bf16", "fp16"), "attention": _ATTENTION, "optimizer": _OPTIMIZER,
         "micro_batch": [size for size in (micro_batch // 4, micro_batch // 2, 2 * micro_batch, 4 * micro_batch)
                         if size and samples_per_step % size == 0],
-        "recompute": ("selective", "full"), "compile": (True,), "engine": ("deepspeed", "flat"), "cuda_graphs": (False, True),
+        "recompute": ("selective", "full"), "compiled": (True,), "engine": ("deepspeed", "flat"), "cuda_graphs": (False, True),
         "data": ("preload",)}
     cells.append(centre)
     for axis in AXES:
@@ -118,6 +118,6 @@ def profile_of(cell: Cell, base: Mapping[str, Any]) -> dict[str, Any]:
         if value != "auto":
             kernels[key] = value
     loader = {**(profile.pop("data_loader", None) or {}), "preload": cell.data == "preload"}
-    given = {"recompute": (cell.recompute, "none"), "compile": (cell.compile, False), "engine": (cell.engine, "auto"),
+    given = {"recompute": (cell.recompute, "none"), "compile": (cell.compiled, False), "engine": (cell.engine, "auto"),
              "cuda_graphs": (cell.cuda_graphs, "auto"), "kernels": (kernels, {}), "data_loader": (loader, {"preload": False})}
     return profile | {key: value for key, (value, usual) in given.items() if value != usual}

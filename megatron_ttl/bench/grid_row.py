@@ -126,7 +126,8 @@ def measure_in_a_process(cell: Cell, task: Task, timeout_s: float = 900) -> dict
         write_json(question, {"cell": asdict(cell), "task": asdict(task)})
         command = [sys.executable, "-m", "megatron_ttl.bench.grid_row", str(question), str(answer)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout_s)
+            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout_s,
+                                  check=False)
         except subprocess.TimeoutExpired:
             return {"status": "failed", "reason": f"was still at it after {timeout_s:g} s"}
         if answer.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,21 @@ import torch
 from torch import Tensor
 
 from megatron_ttl.bench.adamw_case import ADAMW, adamw_bytes, adamw_calls
-from megatron_ttl.bench.contender import NotInstalled, free_memory, settings_faults, unknown_names
+from megatron_ttl.bench.contender import (
+    NotInstalled,
+    free_memory,
+    settings_faults,
+    unknown_names,
+)
 from megatron_ttl.bench.kernel_bytes import WIDTHS, Widths, bytes_per_token
 from megatron_ttl.bench.kernel_cases import CASES, Inputs, Operation
-from megatron_ttl.bench.kernel_timing import Call, copy_bytes_per_s, device_seconds, poison, sets_beyond_cache
+from megatron_ttl.bench.kernel_timing import (
+    Call,
+    copy_bytes_per_s,
+    device_seconds,
+    poison,
+    sets_beyond_cache,
+)
 from megatron_ttl.bench.workload import device_name
 from megatron_ttl.console import progress
 from megatron_ttl.errors import ConfigError, UserError, raise_faults
@@ -127,7 +139,7 @@ def _try(operation: Operation, reference: Operation, inputs: Inputs, directions:
         return "not installed"
     except UserError as error:
         return f"not available: {error.faults[0]}"
-    except Exception as error:  # noqa: BLE001: another's kernel may fail in any way
+    except Exception as error:  # noqa: BLE001 -- another's kernel may fail in any way
         return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     forward, backward = _largest_error(found, expected), _largest_error(gradients, wanted)
     errors |= {(path, "forward"): forward, (path, "backward"): backward, (path, "both"): max(forward, backward)}
@@ -160,9 +172,9 @@ def _largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     worst = 0.0
     for ours, theirs in zip(found, expected, strict=True):
         error = float((ours.float() - theirs).abs().max() / theirs.abs().max())
-        worst = max(worst, error) if error == error else error
-        if worst != worst:
-            break
+        if math.isnan(error):
+            return error
+        worst = max(worst, error)
     return worst
 
 

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ttl.bench.contender import not_installed
-from megatron_ttl.bench.own_models import DTYPES, initial_weights, mean_loss_of, prefer_cudnn_attention
+from megatron_ttl.bench.own_models import (
+    DTYPES,
+    initial_weights,
+    mean_loss_of,
+    prefer_cudnn_attention,
+)
 from megatron_ttl.bench.training_loop import TrainingLoop
 from megatron_ttl.bench.workload import Workload
 from megatron_ttl.config.schema import ModelConfig

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_ttl.bench.contender import Builder, run_trials, settings_faults, trial_rows, unknown_names
+from megatron_ttl.bench.contender import (
+    Builder,
+    run_trials,
+    settings_faults,
+    trial_rows,
+    unknown_names,
+)
 from megatron_ttl.bench.own_models import EngineContender, bare_loop, plain_loop
 from megatron_ttl.bench.peer_hf import hf_loop
 from megatron_ttl.bench.peer_liger import liger_loop

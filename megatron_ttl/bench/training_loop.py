@@ -72,6 +72,7 @@ class TrainingLoop:
                 master.grad.add_(weight.grad)
             weight.grad = None
 
+    @torch.no_grad()
     def _update(self) -> None:
         if self._clipping:
             nn.utils.clip_grad_norm_(self._moved, self._clipping, foreach=True)
