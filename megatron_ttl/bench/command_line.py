@@ -9,7 +9,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """Return the parser of `tools/bench.py`."""
     found = argparse.ArgumentParser(description=description)
     subjects = found.add_subparsers(dest="subject", required=True)
-    for add in (_add_step, _add_kernels, _add_generate, _add_grid, _add_preprocess, _add_data, _add_evaluate):
+    for add in (_add_step, _add_kernels, _add_generate, _add_grid, _add_preprocess, _add_data, _add_evaluate, _add_report):
         add(subjects).add_argument("--json", action="store_true", help="print one JSON object")
     return found
 
@@ -105,4 +105,11 @@ def _add_evaluate(subjects: argparse._SubParsersAction) -> argparse.ArgumentPars
     subject.add_argument("--questions", type=int, default=16, help="of each set, four choices each (16)")
     subject.add_argument("--batch", type=int, default=8, help="sequences side by side, for both (8)")
     subject.add_argument("--repeats", type=int, default=2, help="runs of each; the best one counts (2)")
+    return subject
+
+
+def _add_report(subjects: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    subject = subjects.add_parser("report", help="results of other subjects, kept with --json, as one table in Markdown",
+                                  description="NAME.json becomes a section; NAME.log without it is told as failed.")
+    subject.add_argument("--folder", required=True, help="where they are; report.md is written there")
     return subject

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_ttl.bench.figures import markdown_line
 from megatron_ttl.bench.grid_cells import VANILLA, Cell, cell_of
 from megatron_ttl.files import human_bytes
 
@@ -53,8 +54,8 @@ def grid_table(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], tole
              f"- {_sentence('Fastest of ours', facts['training_speed_up'], facts['evaluation_speed_up'])}",
              f"- {_sentence(*_published(rows))}",
              f"- A loss counts as equal within {tolerance:g} nats of ours in fp32 after the same steps.", "",
-             _line(_HEADER), _line(["---"] * len(_HEADER))]
-    return "\n".join([*lines, *(_line(_cells(row)) for row in rows)]) + "\n"
+             markdown_line(_HEADER), markdown_line(["---"] * len(_HEADER))]
+    return "\n".join([*lines, *(markdown_line(_cells(row)) for row in rows)]) + "\n"
 
 
 def _published(rows: Sequence[Mapping[str, Any]]) -> tuple[str, float | None, float | None]:
@@ -83,7 +84,3 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     notes = [row.get("note") or "", "" if row["joules_per_token"] is not None else f"energy {row['energy']}",
              "" if row["equal_loss"] else "loss not equal"]
     return [*cell, *shown, "; ".join(filter(None, notes))]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"

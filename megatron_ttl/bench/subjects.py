@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_ttl.bench.figures import headings, shown_row
 from megatron_ttl.console import print_result, print_table
-from megatron_ttl.files import human_bytes
 
-_UNITS: dict[str, Callable[[Any], str]] = {
-    "tokens_per_s": "{:,.0f}".format, "ours_tokens_per_s": "{:,.0f}".format, "hf_tokens_per_s": "{:,.0f}".format,
-    "evaluation_tokens_per_s": "{:,.0f}".format, "ratio": "{:.3f}".format, "ratio_of_minima": "{:.3f}".format,
-    "training_speed_up": "{:.2f}".format, "evaluation_speed_up": "{:.2f}".format, "mfu": "{:.1%}".format,
-    "share_of_copy": "{:.1%}".format, "same_tokens": "{:.1%}".format, "peak_memory_bytes": human_bytes,
-    "bytes": human_bytes, "bytes_per_s": lambda rate: f"{rate / 1e9:,.1f} GB/s", "median_ms": "{:.2f}".format,
-    "minimum_ms": "{:.2f}".format, "median_us": "{:.1f}".format, "minimum_us": "{:.1f}".format, "loss": "{:.5f}".format,
-    "error": "{:.2g}".format, "loss_difference": "{:+.5f}".format}
-_HEADINGS = {"ratio": "ours is x times as fast", "ratio_of_minima": "by the best", "tokens_per_s": "tokens/s",
-             "share_of_copy": "of a copy", "bytes_per_s": "achieved", "peak_memory_bytes": "peak memory", "mfu": "MFU"}
 _GRID_COLUMNS = ("row", "status", "tokens_per_s", "training_speed_up", "evaluation_speed_up", "mfu", "peak_memory_bytes",
                  "loss_difference", "reason")
 
@@ -30,7 +20,7 @@ def measure_and_print(arguments: argparse.Namespace) -> None:
         UserError: what the subject is given is wrong.
     """
     result = {"step": _step, "kernels": _kernels, "generate": _generate, "grid": _grid, "preprocess": _preprocess,
-              "data": _data, "loader": _data, "evaluate": _evaluate}[arguments.subject](arguments)
+              "data": _data, "loader": _data, "evaluate": _evaluate, "report": _report}[arguments.subject](arguments)
     rows = result.get("rows")
     if arguments.json or rows is None:
         print_result(result, arguments.json)
@@ -40,13 +30,7 @@ def measure_and_print(arguments: argparse.Namespace) -> None:
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    columns = list(rows[0])
-    print_table([_HEADINGS.get(name, name.replace("_", " ")) for name in columns],
-                [[_shown(name, row.get(name)) for name in columns] for row in rows])
-
-
-def _shown(name: str, value: Any) -> Any:
-    return _UNITS[name](value) if name in _UNITS and value is not None else value
+    print_table(headings(rows[0]), [shown_row(row, list(rows[0])) for row in rows])
 
 
 def _grid_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -106,3 +90,9 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_ttl.evaluate.bench_scoring import bench_scoring
 
     return bench_scoring(arguments.model, arguments.questions, arguments.batch, arguments.repeats)
+
+
+def _report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from megatron_ttl.bench.report import collect
+
+    return collect(arguments.folder)
