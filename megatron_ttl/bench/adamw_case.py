@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_ttl.bench.kernel_bytes import adamw_bytes_per_parameter
 from megatron_ttl.bench.kernel_timing import Call
-from megatron_ttl.bench.own_models import require_path
+from megatron_ttl.bench.own_engine import require_path
 from megatron_ttl.errors import UserError
 
 ADAMW = "adamw"

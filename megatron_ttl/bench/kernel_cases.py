@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ttl.bench import peer_liger
 from megatron_ttl.bench.kernel_bytes import Widths
-from megatron_ttl.bench.own_models import require_path
+from megatron_ttl.bench.own_engine import require_path
 from megatron_ttl.kernels.cross_entropy import cross_entropy
 from megatron_ttl.kernels.rms_norm import add_rms_norm, rms_norm
 from megatron_ttl.kernels.rotary import rotary_heads, rotary_tables

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from megatron_ttl.bench.own_engine import build_engine, engine_paths, engine_words
 from megatron_ttl.bench.training_loop import TrainingLoop
 from megatron_ttl.bench.workload import Workload
 from megatron_ttl.checkpoint.names import split_to_hf
-from megatron_ttl.config.kernels import KernelsConfig
 from megatron_ttl.config.schema import ModelConfig
-from megatron_ttl.errors import ConfigError, raise_faults
-from megatron_ttl.kernels import paths as kernel_paths
+from megatron_ttl.errors import ConfigError
 from megatron_ttl.kernels.cross_entropy import cross_entropy
-from megatron_ttl.kernels.paths import KernelPaths
 from megatron_ttl.model import llama
 from megatron_ttl.model.llama import build_model
 from megatron_ttl.parallel.build import build_part
@@ -30,10 +28,10 @@ class EngineContender:
     """The engine of a run, called as the training loop calls it."""
 
     def __init__(self, workload: Workload) -> None:
-        self._engine: Engine | None = workload.engine()
+        self._engine: Engine | None = build_engine(workload)
         self._lr = workload.run.optimizer.lr
         self._labels = workload.run.train.tokens_per_step if workload.all_labelled else None
-        self.note = engine_note(self._engine, workload)
+        self.note = engine_words(workload)
 
     def step(self, micro_batches: MicroBatches) -> Tensor:
         """Take one optimizer step and return its mean loss, still on the device."""
@@ -52,18 +50,10 @@ class EngineContender:
         self._engine = None
 
 
-def engine_note(engine: Engine, workload: Workload) -> str:
-    """Say what stands behind the engine, as far as it tells."""
-    words = [str(getattr(engine, "kind", "deepspeed")), workload.settings.profile.precision]
-    if workload.settings.profile.recompute != "none":
-        words.append(f"recompute {workload.settings.profile.recompute}")
-    return ", ".join(words)
-
-
 def bare_loop(workload: Workload) -> TrainingLoop:
     """Build the engine's model, on the same paths, in a plain loop."""
     precision = _precision(workload)
-    paths = paths_of(workload)
+    paths = engine_paths(workload)
     model = build_part(workload.run, workload.mesh, workload.settings.profile.recompute, _no_pipeline, workload.eos_id)
     model = model.to(workload.device, DTYPES[precision])
     if use_paths := getattr(llama, "use_paths", None):
@@ -85,38 +75,6 @@ def plain_loop(workload: Workload) -> TrainingLoop:
 def mean_loss_of(model: Callable[[Tensor], Tensor], path: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the mean loss of a micro batch whose labels all count."""
     return lambda input_ids, labels: cross_entropy(model(input_ids), labels, 1.0 / labels.numel(), path=path)
-
-
-def paths_of(workload: Workload) -> KernelPaths:
-    """Return the paths that the engine takes with these settings."""
-    return resolved_paths(getattr(workload.settings.profile, "implementations", KernelsConfig()), workload.device)
-
-
-def resolved_paths(choice: KernelsConfig, device: torch.device) -> KernelPaths:
-    """Return the paths of a choice.
-
-    Raises:
-        ConfigError: something is asked for by name that is not there.
-    """
-    resolve = getattr(kernel_paths, "resolve_paths", None)
-    if resolve is not None:
-        return resolve(choice.model_dump(), device).paths
-    asked = {op: path for op, path in choice if path not in ("auto", "torch")}
-    raise_faults(ConfigError, [f"kernels.{op}: is {path!r}; only \"torch\" is there; leave it out"
-                               for op, path in asked.items()])
-    return KernelPaths()
-
-
-@lru_cache
-def require_path(op: str, path: str, device: torch.device) -> str:
-    """Return the path of an operation if it is there.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if path != "torch":
-        resolved_paths(KernelsConfig.model_validate({op: path}), device)
-    return path
 
 
 def prefer_cudnn_attention(device: torch.device) -> Callable[[], None]:

@@ -25,7 +25,6 @@ from megatron_ttl.model.flops import flops_per_token
 from megatron_ttl.parallel.mesh import Mesh, join, leave
 from megatron_ttl.runtime import Ranks
 from megatron_ttl.train.device_peaks import model_flops_utilisation, peak_flops_per_s
-from megatron_ttl.train.engine import Engine
 from megatron_ttl.train.open_data import open_data, preload
 
 SMALL_RUN = """
@@ -94,10 +93,6 @@ class Workload:
         """Return the steps of the run from its first on, read ahead as the training does; close it."""
         return StepBatches(self.source, self.run.samples_per_step, self.micro_batch, 0, 1, 0,
                            pin_memory=self.device.type == "cuda")
-
-    def engine(self) -> Engine:
-        """Build the engine that a run with these settings would train with."""
-        return Engine(self.run, resolve_deepspeed(self.settings, 1), self.mesh, self.settings.profile.recompute, self.eos_id)
 
     def utilisation(self, tokens_per_s: float) -> float | None:
         """Return the MFU by formula C; None where the device's peak is unknown."""

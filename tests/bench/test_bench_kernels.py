@@ -8,7 +8,12 @@ import pytest
 import torch
 from gpu import gpu_test
 
-from megatron_ttl.bench.kernel_bytes import WIDTHS, adamw_bytes_per_parameter, bytes_per_token, widths_of
+from megatron_ttl.bench.kernel_bytes import (
+    WIDTHS,
+    adamw_bytes_per_parameter,
+    bytes_per_token,
+    widths_of,
+)
 from megatron_ttl.bench.kernel_cases import CASES
 from megatron_ttl.bench.kernels import PATHS, bench_kernels
 from megatron_ttl.bench.workload import base_profile, load_workload_settings

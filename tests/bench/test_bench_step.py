@@ -12,7 +12,13 @@ from gpu import gpu_test
 from megatron_ttl.bench.command_line import parser
 from megatron_ttl.bench.contender import not_installed, run_trials, trial_rows
 from megatron_ttl.bench.step import PEERS, bench_step
-from megatron_ttl.bench.workload import SyntheticTokens, base_profile, load_workload_settings, opened
+from megatron_ttl.bench.workload import (
+    SyntheticTokens,
+    base_profile,
+    load_workload_settings,
+    opened,
+)
+from megatron_ttl.config.deepspeed import DeepSpeedProfile
 from megatron_ttl.errors import ConfigError
 from megatron_ttl.testing import run_distributed
 
@@ -60,6 +66,20 @@ def test_bf16_has_masters_everywhere(results):
     assert results[1]["precision"] == "bf16" and results[1]["accumulation"] == 2
     for name in ("bare", "plain"):
         assert rows[name]["loss"] == pytest.approx(rows["ours"]["loss"], abs=2e-3), name
+
+
+@pytest.mark.skipif("engine" not in DeepSpeedProfile.model_fields, reason="needs the flat engine")
+def test_the_engine_of_the_profile_is_measured(tmp_path):
+    """Settings decide who steps, here as in a run; its row says so."""
+    (tmp_path / "flat.json").write_text('{"train_micro_batch_size_per_gpu": 4, "engine": "flat", '
+                                        '"zero_optimization": {"stage": 1}}')
+    rows = run_distributed(flat_rows, 1, str(tmp_path / "flat.json"))[0]
+    assert rows[0]["note"].startswith("flat") and rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
+
+
+def flat_rows(mesh, profile):
+    """Measure the flat engine and the bare loop."""
+    return bench_step(overrides=SMALLER, deepspeed_config=profile, steps=1, rounds=1, warm_up=1, peers=["bare"])["rows"]
 
 
 class Recorded:
