@@ -80,7 +80,8 @@ command_of() {  # name, run file, micro batch, tokens per step, steps
         "run.dir=\"$out/runs/$name\"" "data.sources=[{prefix=\"$out/data/sample\"}]" "train.tokens_per_step=$tokens" \
         "train.steps=$steps" schedule.warmup_steps=5 "log.every_steps=$((steps / 2))" "checkpoint.every_steps=$steps" \
         "checkpoint.keep_every_steps=$steps" "evaluation.every_steps=$steps" train.gradient_clipping=1.0 \
-        "evaluation.prefixes=[\"$out/data/sample_heldout\"]" evaluation.max_tokens=65536 energy.enabled=false "${small[@]}" >&2 &&
+        "evaluation.prefixes=[\"$out/data/sample_heldout\"]" evaluation.max_tokens=65536 \
+        energy.enabled=false "${small[@]}" >&2 &&
         grep '"event": "train"' "$out/runs/$name/metrics.jsonl" | tail -n 1
 }
 if [[ -z ${ONLY:-} || $ONLY == *command* || $ONLY == *generate* ]]; then

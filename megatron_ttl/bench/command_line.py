@@ -16,7 +16,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def _add_run(subject: argparse.ArgumentParser) -> None:
     subject.add_argument("--config", metavar="TOML", help="run file (default: a model of 1.1M parameters)")
-    subject.add_argument("--deepspeed_config", metavar="JSON", help="machine profile (default: bf16 on a GPU, fp32 elsewhere)")
+    subject.add_argument("--deepspeed_config", metavar="JSON", help="machine profile (default: bf16 on a GPU, else fp32)")
     subject.add_argument("--micro-batch", type=int, metavar="N", help="sequences at a time, instead of the profile's")
     subject.add_argument("--data", action="store_true", help="the run's own data instead of synthetic tokens")
     subject.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run file, in TOML")
@@ -27,8 +27,8 @@ def _add_step(subjects: argparse._SubParsersAction) -> argparse.ArgumentParser:
                                   description="Contenders take turns; ratios say how many times as fast ours is.")
     _add_run(subject)
     subject.add_argument("--peer", nargs="+", default=["all"], metavar="NAME",
-                         help="bare (our model without the engine), plain (PyTorch, compiled on a GPU), hf, liger, litgpt, or "
-                              "all (default)")
+                         help="bare (our model without the engine), plain (PyTorch, compiled on a GPU), hf, liger, litgpt, "
+                              "or all (default); write overrides before it")
     subject.add_argument("--steps", type=int, default=10, help="timed steps of a turn (10)")
     subject.add_argument("--rounds", type=int, default=2, help="turns of each contender (2)")
     subject.add_argument("--warm-up", type=int, default=3, help="steps before those (3)")
@@ -61,7 +61,7 @@ def _add_generate(subjects: argparse._SubParsersAction) -> argparse.ArgumentPars
 
 
 def _add_grid(subjects: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    subject = subjects.add_parser("grid", help="ways to compute a run: speed, memory, energy, loss; the fastest as a profile",
+    subject = subjects.add_parser("grid", help="ways to compute a run: speed, memory, energy, loss; and the fastest profile",
                                   description="Each row is measured in a process of its own and kept at once; the same "
                                               "command goes on where it was stopped.")
     _add_run(subject)

@@ -6,8 +6,8 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,7 +63,8 @@ class Trial:
         return tokens / (min(self.seconds) if best else statistics.median(self.seconds))
 
 
-def run_trials(builders: Mapping[str, Builder], workload: Workload, steps: int, rounds: int, warm_up: int) -> dict[str, Trial]:
+def run_trials(builders: Mapping[str, Builder], workload: Workload, steps: int, rounds: int,
+               warm_up: int) -> dict[str, Trial]:
     """Let each contender take its turn in every round, forward and backward through the list, and time its steps.
 
     A turn builds the contender anew and gives its memory back, for together they would not fit on a device. What goes
@@ -92,7 +93,7 @@ def _take_turn(trial: Trial, build: Builder, workload: Workload, steps: int, war
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        with closing(build(workload)) as contender, workload.batches() as batches:
+        with switches_restored(), closing(build(workload)) as contender, workload.batches() as batches:
             trial.note = contender.note
             for _ in range(warm_up):
                 contender.step(next(batches))
@@ -109,6 +110,22 @@ def _take_turn(trial: Trial, build: Builder, workload: Workload, steps: int, war
         if cuda:
             trial.peak_memory_bytes = max(trial.peak_memory_bytes or 0, torch.cuda.max_memory_allocated(device))
         free_memory(device)
+
+
+@contextmanager
+def switches_restored() -> Iterator[None]:
+    """Put PyTorch's switches of the whole process back: attention backends, and tf32."""
+    backends = torch.backends.cuda
+    pairs = ((backends.flash_sdp_enabled, backends.enable_flash_sdp),
+             (backends.mem_efficient_sdp_enabled, backends.enable_mem_efficient_sdp),
+             (backends.math_sdp_enabled, backends.enable_math_sdp), (backends.cudnn_sdp_enabled, backends.enable_cudnn_sdp))
+    before, tf32 = [read() for read, _ in pairs], backends.matmul.allow_tf32
+    try:
+        yield
+    finally:
+        for (_, switch), value in zip(pairs, before, strict=True):
+            switch(value)
+        backends.matmul.allow_tf32 = tf32
 
 
 def time_steps(step: Callable[[], Tensor], steps: int, device: torch.device) -> tuple[list[float], list[Tensor]]:

@@ -115,13 +115,14 @@ class _Grid:
             fault = self._pruned(cell)
             row = {"status": "pruned", "reason": fault} if fault else self._measure(cell, self._task)
             row = {**self._facts, "cell": asdict(cell), **row}
-            said = f"{row['tokens_per_s']:,.0f} tokens/s" if row["status"] == "measured" else f"{row['status']}: {row['reason']}"
+            measured = row["status"] == "measured"
+            said = f"{row['tokens_per_s']:,.0f} tokens/s" if measured else f"{row['status']}: {row['reason']}"
             print(f"    {said}", file=sys.stderr, flush=True)
             file.append(row)
             self._rows[cell.key] = row
 
     def _pruned(self, cell: Cell) -> str:
-        """Say why a cell cannot fit; nothing of cells whose memory nobody forecasts, or that are refused for other reasons."""
+        """Say why a cell cannot fit; nothing of cells that nobody forecasts, or that are refused anyway."""
         if cell.model != "ours":
             return ""
         try:
@@ -142,8 +143,8 @@ def _rows_so_far(path: Path, facts: Mapping[str, Any]) -> dict[str, dict[str, An
         if row is None:
             print_warning(f"{path}: a line that is no row is passed over")
         elif any(row.get(key) != value for key, value in facts.items()):
-            raise ConfigError(f"{path}: holds rows of other settings, another device or another version of torch; the rows of "
-                              "a grid must be comparable; choose another --output")
+            raise ConfigError(f"{path}: holds rows of other settings, another device or another version of torch; the rows "
+                              "of a grid must be comparable; choose another --output")
         else:
             found[cell_of(row["cell"]).key] = row
     return found

@@ -84,8 +84,8 @@ def plan_cells(cuda: bool, micro_batch: int, samples_per_step: int, axes: Sequen
         "precision": ("tf32", "bf16", "fp16"), "attention": _ATTENTION, "optimizer": _OPTIMIZER,
         "micro_batch": [size for size in (micro_batch // 4, micro_batch // 2, 2 * micro_batch, 4 * micro_batch)
                         if size and samples_per_step % size == 0],
-        "recompute": ("selective", "full"), "compiled": (True,), "engine": ("deepspeed", "flat"), "cuda_graphs": (False, True),
-        "data": ("preload",)}
+        "recompute": ("selective", "full"), "compiled": (True,), "engine": ("deepspeed", "flat"),
+        "cuda_graphs": (False, True), "data": ("preload",)}
     cells.append(centre)
     for axis in AXES:
         cells += [replace(centre, **{axis: value}) for value in values[axis] if axis in axes]
@@ -119,5 +119,6 @@ def profile_of(cell: Cell, base: Mapping[str, Any]) -> dict[str, Any]:
             kernels[key] = value
     loader = {**(profile.pop("data_loader", None) or {}), "preload": cell.data == "preload"}
     given = {"recompute": (cell.recompute, "none"), "compile": (cell.compiled, False), "engine": (cell.engine, "auto"),
-             "cuda_graphs": (cell.cuda_graphs, "auto"), "kernels": (kernels, {}), "data_loader": (loader, {"preload": False})}
+             "cuda_graphs": (cell.cuda_graphs, "auto"), "kernels": (kernels, {}),
+             "data_loader": (loader, {"preload": False})}
     return profile | {key: value for key, (value, usual) in given.items() if value != usual}

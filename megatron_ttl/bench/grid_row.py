@@ -9,14 +9,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_ttl.bench.contender import Trial, time_steps
+from megatron_ttl.bench.contender import Trial, switches_restored, time_steps
 from megatron_ttl.bench.grid_cells import Cell, cell_of, profile_of
 from megatron_ttl.bench.own_models import EngineContender
 from megatron_ttl.bench.peer_hf import hf_loop
@@ -66,10 +66,8 @@ def measure_cell(cell: Cell, task: Task) -> dict[str, Any]:
 def _figures(cell: Cell, task: Task, workload: Workload) -> dict[str, Any]:
     device, tokens = workload.device, workload.run.train.tokens_per_step
     read_energy, why_not = energy_counter(device)
-    with _tf32(cell.precision == "tf32"), closing(_contender(cell, workload)) as contender, \
-            workload.batches() as batches:
-        if cell.precision == "tf32":  # an engine in fp32 has switched it off
-            torch.backends.cuda.matmul.allow_tf32 = True
+    with switches_restored(), closing(_contender(cell, workload)) as contender, workload.batches() as batches:
+        torch.backends.cuda.matmul.allow_tf32 = cell.precision == "tf32"  # an engine in fp32 has switched it off
         for _ in range(task.warm_up):
             contender.step(next(batches))
         before = read_energy() if read_energy else 0.0
@@ -104,16 +102,6 @@ def _evaluation_seconds(contender: EngineContender | TrainingLoop, batches: Iter
     for _ in range(min(task.warm_up, 2)):
         evaluate()
     return time_steps(evaluate, task.steps, device)[0]
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 Measure = Callable[[Cell, Task], dict[str, Any]]

@@ -9,8 +9,8 @@ from megatron_ttl.bench.figures import markdown_line
 from megatron_ttl.bench.grid_cells import VANILLA, Cell, cell_of
 from megatron_ttl.files import human_bytes
 
-_HEADER = ("model", "precision", "attention", "optimizer", "micro batch", "recompute", "compiled", "engine", "graphs", "data",
-           "tokens/s", "training x", "evaluation tokens/s", "evaluation x", "MFU", "peak memory", "J/token", "loss",
+_HEADER = ("model", "precision", "attention", "optimizer", "micro batch", "recompute", "compiled", "engine", "graphs",
+           "data", "tokens/s", "training x", "evaluation tokens/s", "evaluation x", "MFU", "peak memory", "J/token", "loss",
            "loss - fp32", "note")
 
 

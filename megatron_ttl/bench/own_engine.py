@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ def engine_paths(workload: Workload) -> KernelPaths:
     return KernelPaths() if options is None else options.paths
 
 
+def prefer_attention(workload: Workload) -> None:
+    """Switch PyTorch to the attention backend that the engine switches to."""
+    try:
+        from megatron_ttl.kernels.attention_backend import prefer_attention_backend
+    except ImportError:
+        return
+    dtype = torch.bfloat16 if workload.settings.profile.precision == "bf16" else torch.float32
+    prefer_attention_backend(engine_paths(workload).attention, workload.device, dtype)
+
+
 def engine_words(workload: Workload) -> str:
     """Say who steps, and how."""
     options, profile = _options(workload), workload.settings.profile
@@ -40,6 +51,7 @@ def engine_words(workload: Workload) -> str:
     return ", ".join([*words, *([f"recompute {profile.recompute}"] if profile.recompute != "none" else [])])
 
 
+@lru_cache
 def require_path(op: str, path: str, device: torch.device) -> str:
     """Return the implementation of an operation, of `KernelsConfig`, if it is there.
 

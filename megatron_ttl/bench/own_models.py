@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_ttl.bench.own_engine import build_engine, engine_paths, engine_words
+from megatron_ttl.bench.own_engine import (
+    build_engine,
+    engine_paths,
+    engine_words,
+    prefer_attention,
+)
 from megatron_ttl.bench.training_loop import TrainingLoop
 from megatron_ttl.bench.workload import Workload
 from megatron_ttl.checkpoint.names import split_to_hf
@@ -30,13 +35,17 @@ class EngineContender:
     def __init__(self, workload: Workload) -> None:
         self._engine: Engine | None = build_engine(workload)
         self._lr = workload.run.optimizer.lr
+        self._skipped: Any = False  # read one step late, as the training loop does, so that it runs no further ahead
         self._labels = workload.run.train.tokens_per_step if workload.all_labelled else None
         self.note = engine_words(workload)
 
     def step(self, micro_batches: MicroBatches) -> Tensor:
         """Take one optimizer step and return its mean loss, still on the device."""
         assert self._engine is not None
-        return self._engine.train_step(micro_batches, self._lr, self._labels).loss
+        result = self._engine.train_step(micro_batches, self._lr, self._labels)
+        bool(self._skipped)
+        self._skipped = result.skipped
+        return result.loss
 
     def evaluate(self, input_ids: Tensor, labels: Tensor) -> float:
         """Return the nats of a micro batch, as an evaluation during training does."""
@@ -58,18 +67,20 @@ def bare_loop(workload: Workload) -> TrainingLoop:
     model = model.to(workload.device, DTYPES[precision])
     if use_paths := getattr(llama, "use_paths", None):
         use_paths(model, paths)
+    prefer_attention(workload)
     return TrainingLoop(model, mean_loss_of(model, paths.cross_entropy), workload,
                         f"the engine's model, {precision}, PyTorch's AdamW", masters=precision != "fp32")
 
 
 def plain_loop(workload: Workload) -> TrainingLoop:
     """Build a packed Llama of plain PyTorch; compiled, on a GPU, with the attention backend that is fastest there."""
-    precision, cuda = _precision(workload), workload.device.type == "cuda"
-    model = build_model(workload.run.model, workload.run.run.seed, workload.device, DTYPES[precision])
-    undo = prefer_cudnn_attention(workload.device)
-    note = f"PyTorch, {precision}, fused AdamW, {'torch.compile' if cuda else 'not compiled on a CPU'}"
-    called = torch.compile(model, dynamic=False) if cuda else model
-    return TrainingLoop(model, mean_loss_of(called, "torch"), workload, note, masters=precision != "fp32", undo=undo)
+    refuse_documents(workload)
+    precision, device = _precision(workload), workload.device
+    model = build_model(workload.run.model, workload.run.run.seed, device, DTYPES[precision])
+    prefer_cudnn_attention(device)
+    called, how, undo = compiled_on_a_gpu(model, device)
+    return TrainingLoop(model, mean_loss_of(called, "torch"), workload, f"PyTorch, {precision}, fused AdamW, {how}",
+                        masters=precision != "fp32", undo=undo)
 
 
 def mean_loss_of(model: Callable[[Tensor], Tensor], path: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -77,23 +88,33 @@ def mean_loss_of(model: Callable[[Tensor], Tensor], path: str) -> Callable[[Tens
     return lambda input_ids, labels: cross_entropy(model(input_ids), labels, 1.0 / labels.numel(), path=path)
 
 
-def prefer_cudnn_attention(device: torch.device) -> Callable[[], None]:
-    """Leave cuDNN alone among PyTorch's attention backends on Hopper; return what takes it back.
+def prefer_cudnn_attention(device: torch.device) -> None:
+    """Leave cuDNN alone among PyTorch's fused attention backends on Hopper, where it is the fastest.
 
-    By the global switches: inside a compiled region a surrounding `sdpa_kernel` is not honoured by every version.
+    By the global switches, which every turn of a measurement finds as they were: inside a compiled region a surrounding
+    `sdpa_kernel` is not honoured by every version.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return lambda: None
-    switches = torch.backends.cuda
-    before = (switches.flash_sdp_enabled(), switches.mem_efficient_sdp_enabled(), switches.cudnn_sdp_enabled())
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
 
-    def switch(flash: bool, efficient: bool, cudnn: bool) -> None:
-        switches.enable_flash_sdp(flash)
-        switches.enable_mem_efficient_sdp(efficient)
-        switches.enable_cudnn_sdp(cudnn)
 
-    switch(False, False, True)
-    return partial(switch, *before)
+def compiled_on_a_gpu(model: nn.Module, device: torch.device) -> tuple[Callable[..., Any], str, Callable[[], None] | None]:
+    """Return what calls a model, what to say of it, and what forgets it again; a CPU compiles too long."""
+    if device.type != "cuda":
+        return model, "not compiled on a CPU", None
+    return torch.compile(model, dynamic=False), "torch.compile", torch.compiler.reset
+
+
+def refuse_documents(workload: Workload) -> None:
+    """Let peers be compared in what they can do.
+
+    Raises:
+        ConfigError: the run keeps attention within documents.
+    """
+    if workload.eos_id is not None:
+        raise ConfigError("data.document_mask: is true; this peer attends across documents; compare with it false")
 
 
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ttl.bench.own_models import DTYPES, initial_weights
+from megatron_ttl.bench.own_models import DTYPES, initial_weights, refuse_documents
 from megatron_ttl.bench.training_loop import TrainingLoop
 from megatron_ttl.bench.workload import Workload
 from megatron_ttl.config.schema import ModelConfig
@@ -47,6 +47,7 @@ def hf_loop(workload: Workload, attention: str = "sdpa", change: Callable[[nn.Mo
         change: made to the model before training; returns what takes it back.
         note: for the row.
     """
+    refuse_documents(workload)
     model = build_hf_model(workload.run.model, workload.run.run.seed, workload.device, attention)
     undo = change(model) if change else None
     precision = workload.settings.profile.precision

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from megatron_ttl.bench.contender import not_installed
 from megatron_ttl.bench.own_models import (
-    DTYPES,
+    compiled_on_a_gpu,
     initial_weights,
     mean_loss_of,
     prefer_cudnn_attention,
+    refuse_documents,
 )
 from megatron_ttl.bench.training_loop import TrainingLoop
 from megatron_ttl.bench.workload import Workload
@@ -24,12 +25,12 @@ _BLOCK = {"input_layernorm": "norm_1", "post_attention_layernorm": "norm_2", "se
 
 def litgpt_loop(workload: Workload) -> TrainingLoop:
     """Build litgpt's model, in bf16 without fp32 masters where the profile says bf16, as its pretraining does."""
-    precision, cuda = workload.settings.profile.precision, workload.device.type == "cuda"
-    dtype = torch.float32 if precision == "fp32" else DTYPES["bf16"]
+    refuse_documents(workload)
+    dtype = torch.float32 if workload.settings.profile.precision == "fp32" else torch.bfloat16
     model = build_litgpt_model(workload.run.model, workload.run.run.seed).to(workload.device, dtype)
-    undo = prefer_cudnn_attention(workload.device)
-    called = torch.compile(model, dynamic=False) if cuda else model
-    note = f"{str(dtype).removeprefix('torch.')} weights alone, {'torch.compile' if cuda else 'not compiled on a CPU'}"
+    prefer_cudnn_attention(workload.device)
+    called, how, undo = compiled_on_a_gpu(model, workload.device)
+    note = f"{str(dtype).removeprefix('torch.')} weights alone, {how}"
     return TrainingLoop(model, mean_loss_of(called, "torch"), workload, note, undo=undo)
 
 

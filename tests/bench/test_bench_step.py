@@ -90,6 +90,7 @@ class Recorded:
     def __init__(self, name, log):
         self.name, self.log = name, log
         log.append(name)
+        torch.backends.cuda.enable_math_sdp(False)  # which must not reach the next one
 
     def step(self, micro_batches):
         assert len(micro_batches) == 2
@@ -113,12 +114,14 @@ def fake_trials():
                 "b": lambda workload: Recorded("b", log)}
     settings = load_workload_settings(base_profile(None, 4), None, SMALLER)
     with opened(settings) as workload:
-        return log, trial_rows(run_trials(builders, workload, 2, 2, 0), workload, "a")
+        rows = trial_rows(run_trials(builders, workload, 2, 2, 0), workload, "a")
+    return log, rows, torch.backends.cuda.math_sdp_enabled()
 
 
 def test_one_contender_cannot_stop_the_others(results):
     """They take turns, forward and backward, each closed before the next; a fault is a row."""
-    log, rows = results[2]
+    log, rows, math_is_on = results[2]
+    assert math_is_on
     assert log == ["a", "a closed", "b", "b closed", "b", "b closed", "a", "a closed"]
     assert [row["note"] for row in rows] == ["fake", "out of memory", "not installed", "failed: KeyError: 'x'", "fake"]
     assert rows[4]["ratio"] > 0 and rows[1]["ratio"] is None
