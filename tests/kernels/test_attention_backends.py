@@ -154,6 +154,21 @@ def test_the_architectures_backend_runs(compiled, switches_as_before):
 
 
 @gpu_test
+def test_nothing_is_copied_around_attention():
+    """Its output is the projection's input as it lies, and its backward pass takes the projection's gradient as it lies."""
+    inputs = [torch.randn(2, 512, n, 64, device=GPU, dtype=torch.bfloat16).requires_grad_() for n in (12, 4, 4)]
+    weight = torch.randn(768, 768, device=GPU, dtype=torch.bfloat16).requires_grad_()
+    gradient = torch.randn(2, 512, 768, device=GPU, dtype=torch.bfloat16)
+
+    def run():
+        mixed = attention(*(t.transpose(1, 2) for t in inputs)).transpose(1, 2).reshape(2, 512, 768)
+        torch.autograd.grad(torch.nn.functional.linear(mixed, weight), (*inputs, weight), gradient)
+
+    run()
+    assert [name for name in profiled_kernels(run, GPU) if "copy" in name.lower()] == []
+
+
+@gpu_test
 @pytest.mark.parametrize("compiled", [False, True])
 def test_masks_are_for_efficient_whatever_is_left_on(compiled, switches_as_before):
     """A switch that leaves one backend alone must not send masks to it, nor to the written-out formula."""
