@@ -14,7 +14,7 @@ from megatron_ttl.kernels import build
 from megatron_ttl.runtime import cache_folder
 
 EMULATOR = Path(__file__).parent / "kernels" / "cuda_emulator"
-FLAGS = ("-O2", "-std=c++17", "-shared", "-fPIC", "-DTTL_EMULATED", "-I", str(EMULATOR), "-x", "c++")
+FLAGS = ("-O2", "-std=c++17", "-fPIC", "-DTTL_EMULATED", "-I", str(EMULATOR), "-x", "c++")
 
 
 @lru_cache

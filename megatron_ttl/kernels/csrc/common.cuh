@@ -60,7 +60,13 @@ __device__ __forceinline__ void store(T* place, const Vector<T>& vector) {
 #endif
     uint4 raw;
     memcpy(&raw, &vector, sizeof(raw));
+#ifdef __CUDA_ARCH__
+    // An assignment may be taken apart into stores of 4 bytes.
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(__cvta_generic_to_global(place)), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
+#else
     *reinterpret_cast<uint4*>(place) = raw;
+#endif
 }
 
 // A vector as four registers, zeros where `here` is false; for kernels that keep many vectors. A `Vector` that is kept over

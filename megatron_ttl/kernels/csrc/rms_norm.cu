@@ -225,7 +225,7 @@ __global__ void weight_gradient_any_width(const T* __restrict__ dy, const T* __r
 
 // dweight [width] = the sum of partials [count, width], in the same order every time.
 template <typename T>
-__global__ void sum_partials_any_width(const float* __restrict__ partials, T* __restrict__ dweight, int64_t count,
+__global__ void sum_partials(const float* __restrict__ partials, T* __restrict__ dweight, int64_t count,
                                        int64_t width) {
     __shared__ float sums[SUM_ROWS][WARP];
     const int64_t column = static_cast<int64_t>(blockIdx.x) * WARP + threadIdx.x;
@@ -289,7 +289,7 @@ cudaError_t backward(const T* dy, const T* dtotal, const T* x, const T* weight, 
                           dim3(4 * WARP), 0, stream, dy, x, rstd, partials, rows, width);
     }
     if (code != cudaSuccess || partials == nullptr) return code;
-    return launch(sum_partials_any_width<T>, dim3(static_cast<unsigned>(divide_up(width, WARP))), dim3(WARP, SUM_ROWS), 0,
+    return launch(sum_partials<T>, dim3(static_cast<unsigned>(divide_up(width, WARP))), dim3(WARP, SUM_ROWS), 0,
                   stream, partials, dweight, count, width);
 }
 
