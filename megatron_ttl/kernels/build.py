@@ -225,7 +225,7 @@ def _compile(command: Sequence[str], sources: Path, target: Path) -> None:
 
 
 def _run_compiler(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILER_TIMEOUT_S)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILER_TIMEOUT_S, check=False)
     if done.returncode:
         lines = (done.stderr or done.stdout).splitlines()
         told = next((line for line in lines if "error" in line or "fatal" in line), lines[0] if lines else "no word why")

@@ -39,7 +39,7 @@ def examine(choice: Mapping[str, str], device: torch.device, dtype: torch.dtype,
 
     Returns:
         `versions`, a dict of texts, and `operations`, a list of dicts with operation, path, why and error: that of outputs
-        and gradients over the error of PyTorch's own operations in the same dtype, the larger one; None where nothing was run.
+        and gradients over the error of PyTorch's own operations in the same dtype, the larger one; None where nothing ran.
 
     Raises:
         ConfigError: something is asked for by name that is not there.
@@ -131,7 +131,7 @@ def _error(value: Tensor, exact: Tensor) -> float:
 
 
 def _cases(dtype: torch.dtype) -> dict[str, tuple[Computation, Computation, list[Tensor]]]:
-    """Return for each operation its function with a path, the same by PyTorch alone, in any dtype, and inputs on the host."""
+    """Return for each operation its function with a path, the same by PyTorch alone, and inputs on the host."""
     def random(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype)
 

@@ -22,11 +22,10 @@ def packages(tmp_path, monkeypatch):
     before = set(sys.modules)
     monkeypatch.syspath_prepend(tmp_path)
 
-    def install(version, **files):
-        (tmp_path / f"apex-{version}.dist-info").mkdir()
-        (tmp_path / f"apex-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: apex\nVersion: {version}\n")
-        for name, text in files.items():
-            path = tmp_path / f"{name.replace('__', '/')}.py"
+    def install(version, files):
+        written = {f"apex-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: apex\nVersion: {version}\n", **files}
+        for name, text in written.items():
+            path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         importlib.invalidate_caches()
@@ -37,11 +36,14 @@ def packages(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-def install_nvidias(install, **more):
-    """Install what has the folders and names of NVIDIA's package."""
-    install("0.1", **{"apex____init__": "", "apex__normalization____init__": ""}, apex__normalization__fused_layer_norm=(
+NVIDIAS = {
+    "apex/__init__.py": "", "apex/normalization/__init__.py": "", "amp_C.py": "",
+    "apex/normalization/fused_layer_norm.py":
         "def fused_rms_norm_affine(input, weight, normalized_shape, eps=1e-6, memory_efficient=False):\n"
-        "    return input * 0 + eps + normalized_shape[0]\n"), apex__optimizers="class FusedAdam: pass\n", **more)
+        "    return input * 0 + eps + normalized_shape[0]\n",
+    "apex/optimizers/__init__.py": "class FusedAdam: pass\n",
+}
+"""The folders and names of NVIDIA's package."""
 
 
 def test_absent():
@@ -52,7 +54,7 @@ def test_absent():
 
 def test_the_other_apex_is_named(packages):
     """PyPI's package fails on import; it is recognised without one."""
-    packages("0.9.10.dev0", apex="raise ImportError('UnencryptedCookieSessionFactoryConfig')")
+    packages("0.9.10.dev0", {"apex/__init__.py": "raise ImportError('UnencryptedCookieSessionFactoryConfig')"})
     assert installed_apex() == "the Pyramid toolkit of PyPI, 0.9.10.dev0"
     with pytest.raises(ConfigError, match=r"kernels.adamw: .*is the Pyramid toolkit of PyPI, 0.9.10.dev0, not NVIDIA's; pip "
                                           "uninstall apex"):
@@ -62,7 +64,7 @@ def test_the_other_apex_is_named(packages):
 
 def test_nvidias_without_its_extensions(packages):
     """Installed from its Python files alone, it would be slow or fail."""
-    install_nvidias(packages, amp_C="")
+    packages("0.1", NVIDIAS)
     assert installed_apex() == "NVIDIA Apex 0.1"
     assert "was built without its extension fused_layer_norm_cuda" in apex_refusal("rms_norm", GPU)
     assert apex_refusal("adamw", GPU) is None
@@ -71,9 +73,9 @@ def test_nvidias_without_its_extensions(packages):
 
 def test_nvidias_is_called(packages):
     """The norm with its arguments in their places; the optimizer's class."""
-    install_nvidias(packages, amp_C="", fused_layer_norm_cuda="")
+    packages("0.1", {**NVIDIAS, "fused_layer_norm_cuda.py": ""})
     assert apex_refusal("rms_norm", GPU) is None
-    assert resolve_paths({"rms_norm": "apex", "adamw": "apex", "rotary": "torch", "swiglu": "torch", "cross_entropy": "torch"},
-                         GPU).paths.rms_norm == "apex"
+    others = dict.fromkeys(("rotary", "swiglu", "cross_entropy"), "torch")
+    assert resolve_paths({**others, "rms_norm": "apex", "adamw": "apex"}, GPU).paths.rms_norm == "apex"
     assert torch.equal(rms_norm(torch.ones(2, 8), torch.ones(8), 0.5, path="apex"), torch.full((2, 8), 8.5))
     assert apex_fused_adam().__name__ == "FusedAdam"

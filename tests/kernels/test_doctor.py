@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 
 import torch
@@ -16,21 +14,18 @@ from megatron_ttl.kernels import doctor
 from megatron_ttl.kernels.paths import KernelPaths, resolve_paths
 
 
-def test_the_tool_runs_anywhere(repository, monkeypatch, capsys):
-    """Without a GPU too: a table for people, one object for programs."""
-    spec = importlib.util.spec_from_file_location("doctor_tool", repository / "tools" / "doctor.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    command, printed = ["doctor.py", "--deepspeed_config", str(repository / "configs" / "a100_single.json")], []
-    for more in ([], ["--json"]):
-        monkeypatch.setattr(sys, "argv", [*command, *more])
-        assert tool.main() is None
-        printed.append(capsys.readouterr().out)
-    found = json.loads(printed[1])
+def test_the_tool_runs_anywhere(repository, call_tool):
+    """Without a GPU too: a table for people, one object for programs, status 0."""
+    command = ("doctor.py", "--deepspeed_config", repository / "configs" / "a100_single.json")
+    (code, text, _), (code_too, as_json, _) = call_tool(*command), call_tool(*command, "--json")
+    found = json.loads(as_json)
+    assert code == code_too == 0
     assert [row["operation"] for row in found["operations"]] == list(KernelsConfig.model_fields)
     assert found["versions"]["torch"] == torch.__version__ and found["versions"]["deepspeed"] != "absent"
     for row in found["operations"]:
-        assert row["operation"] in printed[0] and row["why"] in printed[0]
+        assert row["operation"] in text and row["why"] in text
+    code, _, told = call_tool("doctor.py", "--deepspeed_config", repository / "configs" / "none.json")
+    assert code == 2 and "none.json" in told
 
 
 def test_a_path_is_compared_with_pytorchs(monkeypatch):

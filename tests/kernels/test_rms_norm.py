@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_emulation import emulated_library, emulation, set_order
+from cuda_emulation import emulated_library, emulation, in_both_orders
 from gpu import gpu_test, needs_gpu
 from kernel_errors import assert_guards_hold, assert_no_worse, guarded, poisoned_memory
 
@@ -16,8 +16,8 @@ EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 # Every layout of the vector kernels (one to sixteen warps, two to four vectors), their ragged ends, and what they leave.
-SHAPES = [(33, 1), (33, 7), (33, 64), (1, 768), (300, 768), (33, 1000), (70, 1024), (2, 2048), (9, 2056), (9, 4104), (3, 8192),
-          (3, 8193)]
+SHAPES = [(33, 1), (33, 7), (33, 64), (1, 768), (300, 768), (33, 1000), (70, 1024), (2, 2048), (9, 2056), (9, 4104),
+          (3, 8192), (3, 8193)]
 
 
 @pytest.fixture(params=DEVICES)
@@ -67,8 +67,11 @@ def test_no_worse_than_pytorch(device, dtype, shape, add):
         ours, torchs = (computed(inputs, path, add) for path in ("cuda", "torch"))
     names = ("total", "y", "dx", "ddelta", "dweight") if add else ("y", "dx", "dweight")
     for name, *values in zip(names, ours, torchs, exactly(inputs, add), strict=True):
-        if shape[1] > 1 or name != "dx":  # there dx is the difference of two equal numbers
-            assert_no_worse(*values, what=name)
+        # Few sums or differences, or few roundings of 1/rms: chance decides whose are the luckier ones.
+        allowed = (64 * torch.finfo(dtype).eps if shape[1] < 8 and name[0] == "d" else
+                   torch.finfo(torch.float32).eps if shape[0] < 10 else None)
+        if shape[1] > 1 or name == "dweight" or name[0] != "d":  # at width 1 dx is the difference of two equal numbers
+            assert_no_worse(*values, what=name, allowed=allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,12 +99,9 @@ def test_writes_its_outputs_and_nothing_else(dtype, width, offset, rows):
 @pytest.mark.parametrize("width", [768, 2048, 257])
 def test_the_order_of_threads_does_not_matter(emulated_kernels, dtype, width):
     """Where a barrier were missing, forwards and backwards would differ; and the sums are the same every time."""
-    inputs, results = random_inputs(70, width, dtype), []
-    for backwards in (False, True, False):
-        set_order(backwards)
-        results.append(computed(inputs, "cuda"))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    inputs = random_inputs(70, width, dtype)
+    results = [in_both_orders(lambda: computed(inputs, "cuda")) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_any_strides(device):
@@ -142,7 +142,7 @@ def test_refuses_what_does_not_fit(emulated_kernels):
 
 def test_without_a_library_the_path_says_why():
     """Nobody gets another path than the one asked for."""
-    with pytest.raises(RuntimeError, match='no kernels for cpu: the kernels are for CUDA devices, not for cpu; use the path'):
+    with pytest.raises(RuntimeError, match="no kernels for cpu: the kernels are for CUDA devices, not for cpu"):
         norm(torch.ones(2, 8), torch.ones(8), EPS, path="cuda")
 
 

@@ -51,8 +51,9 @@ __device__ __forceinline__ float row_sum(float value, int turn) {
 
 template <typename T, int VECTORS>
 __global__ void __launch_bounds__(MOST_ROW_WARPS * WARP, 1)
-    forward_vectors(const T* __restrict__ x, const T* __restrict__ delta, const T* __restrict__ weight, T* __restrict__ total,
-                    T* __restrict__ y, float* __restrict__ rstd, int64_t rows, int64_t width, float eps) {
+    forward_vectors(const T* __restrict__ x, const T* __restrict__ delta, const T* __restrict__ weight,
+                    T* __restrict__ total, T* __restrict__ y, float* __restrict__ rstd, int64_t rows, int64_t width,
+                    float eps) {
     constexpr int SIZE = Vector<T>::size;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y, from = row * width;
     const int stride = blockDim.x * SIZE, first = threadIdx.x * SIZE;
@@ -131,7 +132,8 @@ __global__ void __launch_bounds__(MOST_ROW_WARPS * WARP, 1)
         float products = 0.0f;
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            const Vector<T> slopes = unpacked<T>(gradients[v]), values = unpacked<T>(kept[v]), factors = unpacked<T>(scales[v]);
+            const Vector<T> slopes = unpacked<T>(gradients[v]), values = unpacked<T>(kept[v]);
+            const Vector<T> factors = unpacked<T>(scales[v]);
 #pragma unroll
             for (int i = 0; i < SIZE; ++i)
                 products += widen(slopes.element[i]) * widen(factors.element[i]) * widen(values.element[i]);
@@ -143,7 +145,8 @@ __global__ void __launch_bounds__(MOST_ROW_WARPS * WARP, 1)
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
             const int column = first + v * stride;
-            const Vector<T> slopes = unpacked<T>(gradients[v]), values = unpacked<T>(kept[v]), factors = unpacked<T>(scales[v]);
+            const Vector<T> slopes = unpacked<T>(gradients[v]), values = unpacked<T>(kept[v]);
+            const Vector<T> factors = unpacked<T>(scales[v]);
             Vector<T> result = unpacked<T>(passed_on[v]);
 #pragma unroll
             for (int i = 0; i < SIZE; ++i) {
@@ -305,8 +308,8 @@ extern "C" int ttl_rms_norm_forward(const void* x, const void* delta, const void
     });
 }
 
-// dy, x, dx [rows, width]; dtotal likewise, or none: the gradient of x beside that through the norm. partials [blocks, width]
-// fp32, memory to work in, and dweight [width]; none for both: that gradient is not wanted.
+// dy, x, dx [rows, width]; dtotal likewise, or none: the gradient of x beside that through the norm. partials [blocks,
+// width] fp32, memory to work in, and dweight [width]; none for both: that gradient is not wanted.
 extern "C" int ttl_rms_norm_backward(const void* dy, const void* dtotal, const void* x, const void* weight,
                                      const float* rstd, void* dx, float* partials, void* dweight, int64_t rows,
                                      int64_t width, int64_t blocks, int64_t dtype, void* stream) {
