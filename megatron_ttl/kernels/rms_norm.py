@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ttl.kernels import build
+from megatron_ttl.kernels.apex import apex_rms_norm
 
 _BLOCKS_PER_MULTIPROCESSOR = 2
 """Of the backward pass: so many fit, by their registers; each leaves one partial sum of the weight's gradient."""
@@ -46,6 +47,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, path: str = "torch") -> Tens
         if torch.compiler.is_compiling():
             return _forward_op(x, None, weight, eps)[1]
         return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
+    if path == "apex":
+        return apex_rms_norm(x, weight, eps)
     if x.is_cuda:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     return rms_norm_reference(x, weight, eps)

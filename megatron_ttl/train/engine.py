@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_ttl.checkpoint.state import TrainedState
 from megatron_ttl.config.schema import RunFile
+from megatron_ttl.kernels.attention_backend import prefer_attention_backend
 from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL
 from megatron_ttl.model.llama import use_paths
 from megatron_ttl.parallel.build import build_part
@@ -55,6 +56,9 @@ class Engine:
         self.options = options
         model = build_part(run, mesh, recompute, self._loss, eos_id)
         use_paths(model, options.paths)
+        heads = (run.model.num_attention_heads, run.model.num_key_value_heads, run.train.sequence_length, run.model.head_dim)
+        dtype = torch.bfloat16 if bf16 else torch.float16 if self._fp16 else torch.float32
+        prefer_attention_backend(options.paths.attention, mesh.device, dtype, heads)
         if options.compile:
             compile_model(model)
         self.decay_groups = parameter_groups(model, run.optimizer)
@@ -62,7 +66,7 @@ class Engine:
         if options.kind == "flat":
             assert mesh.world_size == 1 and not self._fp16
             self._drive = FlatDrive(model, self.decay_groups, run.optimizer, deepspeed_settings["gradient_clipping"],
-                                    torch.bfloat16 if bf16 else torch.float32, mesh.device, self._loss, options)
+                                    dtype, mesh.device, self._loss, options)
         else:
             offload = "offload_optimizer" in deepspeed_settings["zero_optimization"]
             optimizer = build_optimizer(self.decay_groups, run.optimizer, mesh.device, offload)

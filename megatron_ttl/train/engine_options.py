@@ -10,7 +10,7 @@ import torch
 from megatron_ttl.config.deepspeed import DeepSpeedProfile
 from megatron_ttl.config.engine import EngineKind, engine_kind, records_graphs
 from megatron_ttl.config.schema import RunFile
-from megatron_ttl.kernels.paths import KernelPaths
+from megatron_ttl.kernels.paths import KernelPaths, resolve_paths
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,6 @@ def engine_options(run: RunFile, profile: DeepSpeedProfile, world_size: int, dev
     graphs: Literal["off", "try", "require"] = "off"
     if records_graphs(profile, run, kind, cuda):
         graphs = "require" if profile.cuda_graphs is True else "try"
-    return EngineOptions(kind, profile.compile, graphs, kernel_paths(profile, device))
-
-
-def kernel_paths(profile: DeepSpeedProfile, device: torch.device) -> KernelPaths:
-    """Return the implementation of each operation on a device."""
-    return KernelPaths()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[profile.precision]
+    paths = resolve_paths(profile.kernels.model_dump(), device, dtype).paths
+    return EngineOptions(kind, profile.compile, graphs, paths)

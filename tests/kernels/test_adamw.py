@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_emulation import emulation, set_order
+from cuda_emulation import emulation, in_both_orders
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,20 +30,6 @@ def kernels() -> Iterator[None]:
 
 def scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
-
-
-def in_both_orders(run: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """Return what a run gives, the same bits whichever threads come first."""
-    results = []
-    for backwards in (False, True):
-        set_order(backwards)
-        try:
-            results.append(run())
-        finally:
-            set_order(False)
-    for forth, back in zip(*results, strict=True):
-        assert same_bits(forth, back)
-    return results[0]
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -51,8 +51,9 @@ __device__ __forceinline__ float row_sum(float value, int turn) {
 
 template <typename T, int VECTORS>
 __global__ void __launch_bounds__(MOST_ROW_WARPS * WARP, 1)
-    forward_vectors(const T* __restrict__ x, const T* __restrict__ delta, const T* __restrict__ weight, T* __restrict__ total,
-                    T* __restrict__ y, float* __restrict__ rstd, int64_t rows, int64_t width, float eps) {
+    forward_vectors(const T* __restrict__ x, const T* __restrict__ delta, const T* __restrict__ weight,
+                    T* __restrict__ total, T* __restrict__ y, float* __restrict__ rstd, int64_t rows, int64_t width,
+                    float eps) {
     constexpr int SIZE = Vector<T>::size;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y, from = row * width;
     const int stride = blockDim.x * SIZE, first = threadIdx.x * SIZE;
@@ -131,7 +132,8 @@ __global__ void __launch_bounds__(MOST_ROW_WARPS * WARP, 1)
         float products = 0.0f;
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            const Vector<T> slopes = unpacked<T>(gradients[v]), values = unpacked<T>(kept[v]), factors = unpacked<T>(scales[v]);
+            const Vector<T> slopes = unpacked<T>(gradients[v]), values = unpacked<T>(kept[v]);
+            const Vector<T> factors = unpacked<T>(scales[v]);
 #pragma unroll
             for (int i = 0; i < SIZE; ++i)
                 products += widen(slopes.element[i]) * widen(factors.element[i]) * widen(values.element[i]);
@@ -143,7 +145,8 @@ __global__ void __launch_bounds__(MOST_ROW_WARPS * WARP, 1)
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
             const int column = first + v * stride;
-            const Vector<T> slopes = unpacked<T>(gradients[v]), values = unpacked<T>(kept[v]), factors = unpacked<T>(scales[v]);
+            const Vector<T> slopes = unpacked<T>(gradients[v]), values = unpacked<T>(kept[v]);
+            const Vector<T> factors = unpacked<T>(scales[v]);
             Vector<T> result = unpacked<T>(passed_on[v]);
 #pragma unroll
             for (int i = 0; i < SIZE; ++i) {
@@ -225,7 +228,7 @@ __global__ void weight_gradient_any_width(const T* __restrict__ dy, const T* __r
 
 // dweight [width] = the sum of partials [count, width], in the same order every time.
 template <typename T>
-__global__ void sum_partials_any_width(const float* __restrict__ partials, T* __restrict__ dweight, int64_t count,
+__global__ void sum_partials(const float* __restrict__ partials, T* __restrict__ dweight, int64_t count,
                                        int64_t width) {
     __shared__ float sums[SUM_ROWS][WARP];
     const int64_t column = static_cast<int64_t>(blockIdx.x) * WARP + threadIdx.x;
@@ -289,7 +292,7 @@ cudaError_t backward(const T* dy, const T* dtotal, const T* x, const T* weight, 
                           dim3(4 * WARP), 0, stream, dy, x, rstd, partials, rows, width);
     }
     if (code != cudaSuccess || partials == nullptr) return code;
-    return launch(sum_partials_any_width<T>, dim3(static_cast<unsigned>(divide_up(width, WARP))), dim3(WARP, SUM_ROWS), 0,
+    return launch(sum_partials<T>, dim3(static_cast<unsigned>(divide_up(width, WARP))), dim3(WARP, SUM_ROWS), 0,
                   stream, partials, dweight, count, width);
 }
 
@@ -305,8 +308,8 @@ extern "C" int ttl_rms_norm_forward(const void* x, const void* delta, const void
     });
 }
 
-// dy, x, dx [rows, width]; dtotal likewise, or none: the gradient of x beside that through the norm. partials [blocks, width]
-// fp32, memory to work in, and dweight [width]; none for both: that gradient is not wanted.
+// dy, x, dx [rows, width]; dtotal likewise, or none: the gradient of x beside that through the norm. partials [blocks,
+// width] fp32, memory to work in, and dweight [width]; none for both: that gradient is not wanted.
 extern "C" int ttl_rms_norm_backward(const void* dy, const void* dtotal, const void* x, const void* weight,
                                      const float* rstd, void* dx, float* partials, void* dweight, int64_t rows,
                                      int64_t width, int64_t blocks, int64_t dtype, void* stream) {

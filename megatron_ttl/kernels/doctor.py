@@ -1,0 +1,166 @@
+"""What this machine can run: versions, the implementation of each operation, and how exact it is here."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ttl.kernels import build
+from megatron_ttl.kernels.apex import installed_apex
+from megatron_ttl.kernels.attention import attention
+from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL, cross_entropy
+from megatron_ttl.kernels.paths import KernelPaths, resolve_paths
+from megatron_ttl.kernels.rms_norm import add_rms_norm
+from megatron_ttl.kernels.rotary import rotary_heads, rotary_tables
+from megatron_ttl.kernels.swiglu import swiglu
+from megatron_ttl.runtime import cache_folder, cuda_compiler
+
+_ABSENT = "absent"
+
+
+def examine(choice: Mapping[str, str], device: torch.device, dtype: torch.dtype,
+            packages: Iterable[str]) -> dict[str, Any]:
+    """Return versions and, for each operation, its implementation, why, and on a GPU how its error compares.
+
+    Args:
+        choice: section "kernels" of a machine profile.
+        device, dtype: where and in what the model computes.
+        packages: whose versions are wanted.
+
+    Returns:
+        `versions`, a dict of texts, and `operations`, a list of dicts with operation, path, why and error: that of outputs
+        and gradients over the error of PyTorch's own operations in the same dtype, the larger one; None where nothing ran.
+
+    Raises:
+        ConfigError: something is asked for by name that is not there.
+    """
+    report = resolve_paths(choice, device, dtype)
+    errors = error_ratios(report.paths, device, dtype) if device.type == "cuda" else {}
+    return {"versions": versions(device, packages),
+            "operations": [{"operation": operation, "path": path, "why": why, "error": errors.get(operation)}
+                           for operation, path, why in report.rows]}
+
+
+def versions(device: torch.device, packages: Iterable[str]) -> dict[str, str]:
+    """Return versions and places of what decides which implementation runs."""
+    compiler = cuda_compiler()
+    found = {"python": sys.version.split()[0], "torch": torch.__version__,
+             "CUDA of torch": torch.version.cuda or _ABSENT, "CUDA of the driver": _driver_version(),
+             "nvcc": _ABSENT if compiler is None else f"{_nvcc_version(str(compiler))}, {compiler}"}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = _ABSENT
+    found["apex"] = installed_apex() or _ABSENT
+    found["device"] = f"{device}: {build.why_not('cuda')}" if device.type == "cpu" else str(device)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = (f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+                           f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.1f} GiB")
+    return found | {"compiled kernels": str(cache_folder() / "kernels")}
+
+
+def _nvcc_version(compiler: str) -> str:
+    try:
+        told = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"does not run ({type(error).__name__})"
+    match = re.search(r"release ([\d.]+)", told)
+    return match[1] if match else "of unknown version"
+
+
+def _driver_version() -> str:
+    """Return the newest CUDA that the driver knows; PyTorch has no public word for it."""
+    number = ctypes.c_int()
+    try:
+        code = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return _ABSENT
+    return f"{number.value // 1000}.{number.value % 1000 // 10}" if code == 0 else f"error {code}"
+
+
+Computation = Callable[..., Sequence[Tensor]]
+
+
+def error_ratios(paths: KernelPaths, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Run each operation once, forward and backward, on random inputs.
+
+    Returns:
+        For each operation that has a reference here, the error of its path over the error of PyTorch's path, both against
+        fp64 on the host: the largest over outputs and gradients. About 1 is right.
+    """
+    taken = asdict(paths)
+    ratios = {}
+    for operation, (compute, exact, inputs) in _cases(dtype).items():
+        there = [tensor.to(device) for tensor in inputs]
+        wide = _with_gradients(exact, [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs])
+        usual = "auto" if operation == "attention" else "torch"
+        ours, torchs = (_with_gradients(lambda *x, path=path, compute=compute: compute(*x, path), there)
+                        for path in (taken[operation], usual))
+        ratios[operation] = max(_error(a, reference) / max(_error(b, reference), torch.finfo(dtype).eps / 8)
+                                for a, b, reference in zip(ours, torchs, wide, strict=True))
+    return ratios
+
+
+def _with_gradients(compute: Computation, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs and, of their weighted sum, the gradients of all inputs that are no labels."""
+    inputs = [tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
+    outputs = compute(*inputs)
+    total = sum((out.double() * torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device).view(out.shape))
+                .sum() if out.dim() else out.double() for out in outputs)
+    assert isinstance(total, Tensor)
+    kept = [out.detach().clone() for out in outputs]
+    total.backward()
+    return kept + [tensor.grad for tensor in inputs if tensor.grad is not None]
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    """Return the relative error; a large number for infinities and NaN, which compare with nothing."""
+    return ((value.cpu().double() - exact.double()).norm() / exact.double().norm()).nan_to_num(1e9, 1e9).item()
+
+
+def _cases(dtype: torch.dtype) -> dict[str, tuple[Computation, Computation, list[Tensor]]]:
+    """Return for each operation its function with a path, the same by PyTorch alone, and inputs on the host."""
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    cos, sin = rotary_tables(64, 64, 10_000.0, "cpu")
+
+    def rotary_on(packed: Tensor, path: str) -> Sequence[Tensor]:
+        return rotary_heads(packed.clone(), cos.to(packed.device), sin.to(packed.device), 2, path=path)
+
+    def rotary_exact(packed: Tensor) -> Sequence[Tensor]:
+        first, second = packed[:, :, :6].chunk(2, dim=-1)
+        turned = torch.cat((first * cos[:, None] - second * sin[:, None], second * cos[:, None] + first * sin[:, None]), -1)
+        return [x.transpose(1, 2) for x in (turned[:, :, :4], turned[:, :, 4:], packed[:, :, 6:])]
+
+    def swiglu_exact(packed: Tensor) -> Sequence[Tensor]:
+        gate, up = packed.chunk(2, dim=-1)
+        return [F.silu(gate) * up]
+
+    labels = torch.randint(1000, (4, 64))
+    labels[0, :5] = IGNORED_LABEL
+    return {
+        "rms_norm": (lambda x, delta, weight, path: add_rms_norm(x, delta, weight, 1e-5, path=path),
+                     lambda x, delta, weight: (x + delta, F.rms_norm(x + delta, weight.shape, weight, 1e-5)),
+                     [random(64, 1024), random(64, 1024), random(1024)]),
+        "rotary": (rotary_on, rotary_exact, [random(2, 64, 8, 64)]),
+        "swiglu": (lambda x, path: [swiglu(x, path=path)], swiglu_exact, [random(64, 2048)]),
+        "cross_entropy": (lambda x, y, path: [cross_entropy(x.clone(), y, path=path)],
+                          lambda x, y: [F.cross_entropy(x.flatten(0, 1), y.flatten(), ignore_index=IGNORED_LABEL,
+                                                        reduction="sum")], [random(4, 64, 1000), labels]),
+        "attention": (lambda q, k, v, path: [attention(q, k, v)],
+                      lambda q, k, v: [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)],
+                      [random(2, 4, 64, 64), random(2, 2, 64, 64), random(2, 2, 64, 64)]),
+    }
