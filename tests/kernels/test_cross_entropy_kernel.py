@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from cuda_emulation import emulation, set_order
+from cuda_emulation import emulation, in_both_orders
 from gpu import gpu_test, needs_gpu
-from kernel_errors import assert_guards_hold, assert_no_worse, guarded
+from kernel_errors import assert_guards_hold, assert_no_worse, guarded, poisoned_memory
 
 from megatron_ttl.kernels.cross_entropy import (
     cross_entropy,
@@ -25,7 +25,7 @@ def device(request):
     if request.param == "cuda":
         yield request.param
     else:
-        with emulation():
+        with emulation(), poisoned_memory():
             yield request.param
 
 
@@ -41,6 +41,12 @@ def batch(rows, width, dtype):
     logits[4, labels[4]] = logits[4].max() + 12  # nearly certain
     labels[5] = -100
     return logits.to(dtype), labels
+
+
+def inside_guards(values, offset=0):
+    """Return values in the middle of a longer tensor, whose other elements must stay what they are; and the whole."""
+    whole = guarded(values.shape, values.dtype, offset)[0].to(values.device)
+    return whole, whole[64 + offset:64 + offset + values.numel()].view(values.shape).copy_(values)
 
 
 def differentiated(logits, labels, scale=1.0, path="torch", incoming=1.0):
@@ -63,24 +69,20 @@ def exact(logits, labels, scale=1.0):
 def test_loss_and_gradient(device, dtype, width):
     """Also rows that begin anywhere, rows too long to keep, and the same bits whichever thread runs first."""
     logits, labels = (tensor.to(device) for tensor in batch(7, width, dtype))
-    expected, torchs = exact(logits, labels, 0.125), differentiated(logits, labels, 0.125)
-    results = []
-    for offset, backwards in ((0, False), (0, True), (3, False)):
-        if device == "cpu":
-            set_order(backwards)
-        whole, inside = (tensor.to(device) for tensor in guarded(logits.shape, dtype, offset))
-        inside = whole[64 + offset:64 + offset + logits.numel()].view(logits.shape).copy_(logits)
+
+    def overwritten(offset=0):
+        whole, inside = inside_guards(logits, offset)
         places = inside.detach().requires_grad_()
         loss = cross_entropy(places, labels, 0.125, "cuda")
-        assert_guards_hold(whole, inside)  # the gradient, unless it is fp16's, is already there
+        assert_guards_hold(whole, inside)  # the gradient is already there; fp16's without the scale
         loss.backward()
-        for ours, theirs, wanted, what in zip((loss.detach(), inside), torchs, expected, ("loss", "gradient"), strict=True):
-            assert_no_worse(ours, theirs, wanted, f"{what} {width} {dtype} {offset}")
         assert torch.equal(places.grad, inside) and not inside[5].any()
-        results.append((loss.detach(), inside))
-    set_order(False)
-    for one, other in zip(results[0], results[1], strict=True):
-        assert torch.equal(one, other)
+        return loss.detach(), inside
+
+    exactly, torchs = exact(logits, labels, 0.125), differentiated(logits, labels, 0.125)
+    for result in (in_both_orders(overwritten) if device == "cpu" else overwritten(), overwritten(3)):
+        for ours, theirs, wanted, what in zip(result, torchs, exactly, ("loss", "gradient"), strict=True):
+            assert_no_worse(ours, theirs, wanted, what)
 
 
 def test_a_forward_pass_alone_leaves_the_logits(device):
@@ -106,8 +108,7 @@ def test_ignored_rows_are_not_read(device):
 
 @pytest.mark.parametrize("label", [70, -1, -101, 2**40, -2**63])
 def test_a_label_outside_of_the_vocabulary_is_seen_and_harmless(device, label):
-    whole, inside = (tensor.to(device) for tensor in guarded((3, 70), torch.float32))
-    inside = whole[64:64 + 210].view(3, 70).normal_()
+    whole, inside = inside_guards(torch.randn(3, 70, device=device))
     labels = torch.tensor([5, label, 69], device=device)
     expected = exact(inside, torch.tensor([5, -100, 69], device=device))[1]
     loss = cross_entropy(inside.requires_grad_(), labels, path="cuda")
