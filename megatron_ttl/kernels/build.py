@@ -139,6 +139,24 @@ def _library_of_this_machine() -> KernelLibrary:
     return KernelLibrary(compiled((str(compiler), *NVCC_FLAGS), SOURCES, cache_folder() / "kernels"))
 
 
+def require_kernels(device: torch.device) -> KernelLibrary:
+    """Return the library for tensors of a device.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    library = kernels_for(device.type)
+    if library is None:
+        raise RuntimeError(f"no kernels for {device.type}; use the path \"torch\"")
+    return library
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; a few where the CPU stands in for it."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def compiled(command: Sequence[str], sources: Path, folder: Path, headers: Sequence[Path] = ()) -> Path:
     """Return the library that a compiler makes of all `.cu` files of a folder, making it if it is not kept already.
 
