@@ -148,7 +148,7 @@ def test_scales_and_gradients_that_come_in(device, dtype):
 
 
 def test_one_backward_pass_and_nobody_else():
-    """Who kept the logits for a backward pass of his own, or asks twice, is told so."""
+    """Who kept the logits for another backward pass, or asks twice, is told so."""
     with emulation():
         made, labels = torch.randn(2, 64, requires_grad=True), torch.tensor([3, 4])
         logits = made * 2
