@@ -40,7 +40,7 @@ def emulation() -> Iterator[build.KernelLibrary]:
 
 def set_order(backwards: bool) -> None:
     """Choose whether threads and blocks run from the first to the last or the other way; results must not differ."""
-    emulated_library().call("emulator_order", int(backwards), device=build.torch.device("cpu"))
+    emulated_library().call("emulator_order", int(backwards), device=torch.device("cpu"))
 
 
 def in_both_orders(run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:

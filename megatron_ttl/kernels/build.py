@@ -139,24 +139,6 @@ def _library_of_this_machine() -> KernelLibrary:
     return KernelLibrary(compiled((str(compiler), *NVCC_FLAGS), SOURCES, cache_folder() / "kernels"))
 
 
-def require_kernels(device: torch.device) -> KernelLibrary:
-    """Return the library for tensors of a device.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    library = kernels_for(device.type)
-    if library is None:
-        raise RuntimeError(f"no kernels for {device.type}; use the path \"torch\"")
-    return library
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors a GPU has; a few where the CPU stands in for it."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
 def compiled(command: Sequence[str], sources: Path, folder: Path, headers: Sequence[Path] = ()) -> Path:
     """Return the library that a compiler makes of all `.cu` files of a folder, making it if it is not kept already.
 
@@ -243,7 +225,7 @@ def _compile(command: Sequence[str], sources: Path, target: Path) -> None:
 
 
 def _run_compiler(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILER_TIMEOUT_S)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILER_TIMEOUT_S, check=False)
     if done.returncode:
         lines = (done.stderr or done.stdout).splitlines()
         told = next((line for line in lines if "error" in line or "fatal" in line), lines[0] if lines else "no word why")
