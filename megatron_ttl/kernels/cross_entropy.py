@@ -4,7 +4,7 @@ The kernels make the gradient together with the loss, (softmax(logits) - onehot)
 4 bytes of traffic per bf16 logit for forward and backward, and no memory besides. The price is a contract:
 
 * After the loss of logits that require a gradient, the logits are gone. Nobody may read them; whoever kept them for a
-  backward pass of his own gets PyTorch's error for tensors that were modified in place.
+  backward pass of their own gets PyTorch's error for tensors that were modified in place.
 * There is one backward pass, and no gradient of the gradient; a second one is an error too.
 * The scale belongs into the call. A gradient other than 1 that comes into the loss costs one more pass over the logits.
 * fp16 has no room for a scale of one over the number of tokens: there the scale is multiplied in on the way back.

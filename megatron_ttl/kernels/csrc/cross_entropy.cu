@@ -169,8 +169,13 @@ __device__ __forceinline__ Softmax read_row(const T* begin, const Row<T>& row, u
     return reduce_block(softmax);
 }
 
-// Loss of each row; with GRADIENT, its gradient in `gradient`, which may be `logits`.
-template <typename T, bool GRADIENT, bool KEEP>
+// Loss of a row whose label's logit is `picked`.
+__device__ __forceinline__ float loss_of(const Softmax& softmax, float picked) {
+    return logf(static_cast<float>(softmax.total)) - (picked - softmax.largest);
+}
+
+// Loss and gradient of each row; the gradient may take the place of the logits.
+template <typename T, bool KEEP>
 __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
     whole_rows(const T* logits, T* gradient, const int64_t* __restrict__ labels, float* __restrict__ losses,
                Scale scale_of_step, int columns) {
@@ -179,7 +184,7 @@ __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
     T* out = gradient + number * columns;
     if (label == IGNORED_LABEL) {
         if (threadIdx.x == 0) losses[number] = 0.0f;
-        if constexpr (GRADIENT) write_zeros(out, columns);
+        write_zeros(out, columns);
         return;
     }
     const int column = label >= 0 && label < columns ? static_cast<int>(label) : -1;
@@ -187,39 +192,44 @@ __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
     uint4* shared = dynamic_shared<uint4>();
     const float picked = threadIdx.x == 0 && column >= 0 ? widen(begin[column]) : NAN;  // before it is overwritten
     const Softmax softmax = read_row<T, KEEP>(begin, row, shared);
-    if (threadIdx.x == 0) losses[number] = logf(static_cast<float>(softmax.total)) - (picked - softmax.largest);
-    if constexpr (GRADIENT) {
-        const float scale = column >= 0 ? scale_of_step.get() : NAN;
-        const Gradient<T> gradients(softmax.largest, divided<T>(scale, softmax.total), scale, row.head, column);
-        if constexpr (KEEP) {
-            for (int i = static_cast<int>(threadIdx.x); i < row.vectors; i += static_cast<int>(blockDim.x))
-                gradients.write_vector(out + row.head, i, load_shared<T>(shared + i));
-            gradients.write_edge(begin, out, row.edge(), column);
-        } else {
-            gradients.write_row(begin, out, row, column, shared);
-        }
+    if (threadIdx.x == 0) losses[number] = loss_of(softmax, picked);
+    const float scale = column >= 0 ? scale_of_step.get() : NAN;
+    const Gradient<T> gradients(softmax.largest, divided<T>(scale, softmax.total), scale, row.head, column);
+    if constexpr (KEEP) {
+        for (int i = static_cast<int>(threadIdx.x); i < row.vectors; i += static_cast<int>(blockDim.x))
+            gradients.write_vector(out + row.head, i, load_shared<T>(shared + i));
+        gradients.write_edge(begin, out, row.edge(), column);
+    } else {
+        gradients.write_row(begin, out, row, column, shared);
     }
 }
 
-// What this part of the columns knows of each row: the columns from `first` on, of which the memory has `columns`, and then
-// filler up to `stride`. A label of another part picks 0.
+// What there is to know of each row without writing to it: either the loss, or for a part of the columns the other three.
+struct Known {
+    float *loss, *largest, *total, *picked;
+};
+
+// Read the columns from `first` on, of which the memory has `columns`, and then filler up to `stride`. A label of another
+// part picks 0.
 template <typename T>
 __global__ void __launch_bounds__(MAX_THREADS, BLOCKS)
-    partial_rows(const T* logits, const int64_t* __restrict__ labels, float* __restrict__ largest,
-                 float* __restrict__ total, float* __restrict__ picked, int64_t first, int columns, int stride) {
+    partial_rows(const T* logits, const int64_t* __restrict__ labels, Known known, int64_t first, int columns, int stride) {
     const int64_t number = blockIdx.x, label = labels[number], column = label - first;
     const T* begin = logits + number * stride;
+    const bool ignored = label == IGNORED_LABEL, here = label >= 0 && column >= 0 && column < columns;
     Softmax softmax;
-    if (label == IGNORED_LABEL) {
-        softmax.largest = 0.0f;
-        softmax.total = 1.0;
-    } else {
-        softmax = read_row<T, false>(begin, Row<T>(begin, columns), dynamic_shared<uint4>());
-    }
+    softmax.largest = 0.0f;
+    softmax.total = 1.0;
+    if (!ignored) softmax = read_row<T, false>(begin, Row<T>(begin, columns), dynamic_shared<uint4>());
     if (threadIdx.x > 0) return;
-    largest[number] = softmax.largest;
-    total[number] = static_cast<float>(softmax.total);
-    picked[number] = label >= 0 && column >= 0 && column < columns ? widen(begin[column]) : 0.0f;
+    const float picked = here ? widen(begin[column]) : 0.0f;
+    if (known.loss) {
+        known.loss[number] = ignored ? 0.0f : loss_of(softmax, here ? picked : NAN);
+    } else {
+        known.largest[number] = softmax.largest;
+        known.total[number] = static_cast<float>(softmax.total);
+        known.picked[number] = picked;
+    }
 }
 
 // Put the gradient in the place of each row, given maximum and sum over all parts.
@@ -303,9 +313,9 @@ cudaError_t launch_with_gradient(const T* logits, T* gradient, const int64_t* la
     if (code != cudaSuccess) return code;
     const int64_t bytes = divide_up(columns * static_cast<int64_t>(sizeof(T)), 16) * 16;
     if (bytes > most / 2 - 1024)
-        return launch_rows<T>(whole_rows<T, true, false>, rows, columns, stream, logits, gradient, labels, losses, scale,
+        return launch_rows<T>(whole_rows<T, false>, rows, columns, stream, logits, gradient, labels, losses, scale,
                               columns);
-    const auto kernel = whole_rows<T, true, true>;
+    const auto kernel = whole_rows<T, true>;
     code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (code == cudaSuccess)
         code = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
@@ -327,10 +337,10 @@ extern "C" int ttl_cross_entropy(const void* logits, void* gradient, const int64
     const int width = static_cast<int>(columns), code = with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const auto* from = static_cast<const T*>(logits);
-        auto* to = static_cast<T*>(gradient);
         const Scale within = scale_at_once(factor, dtype);
-        if (gradient) return launch_with_gradient<T>(from, to, labels, losses, within, rows, width, stream);
-        return launch_rows<T>(whole_rows<T, false, false>, rows, columns, stream, from, to, labels, losses, factor, width);
+        auto* to = static_cast<T*>(gradient);
+        if (to) return launch_with_gradient<T>(from, to, labels, losses, within, rows, width, stream);
+        return launch_rows<T>(partial_rows<T>, rows, columns, stream, from, labels, Known{losses}, 0, width, width);
     });
     if (code) return code;
     return static_cast<int>(launch(sum_losses, dim3(1), dim3(1024), 0, stream, losses, result, factor, rows));
@@ -343,8 +353,9 @@ extern "C" int ttl_cross_entropy_partial(const void* logits, const int64_t* labe
     if (!fits(rows, columns, stride)) return static_cast<int>(cudaErrorInvalidValue);
     return with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        return launch_rows<T>(partial_rows<T>, rows, columns, stream, static_cast<const T*>(logits), labels, largest, total,
-                              picked, first, static_cast<int>(columns), static_cast<int>(stride));
+        return launch_rows<T>(partial_rows<T>, rows, columns, stream, static_cast<const T*>(logits), labels,
+                              Known{nullptr, largest, total, picked}, first, static_cast<int>(columns),
+                              static_cast<int>(stride));
     });
 }
 
