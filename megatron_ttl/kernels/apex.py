@@ -61,8 +61,11 @@ def apex_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return result
 
 
-def apex_fused_adam() -> Any:
-    """Return Apex's class FusedAdam; `adam_w_mode=True` is AdamW."""
-    from apex.optimizers import FusedAdam
+def apex_adam() -> Any:
+    """Return what Apex's FusedAdam runs where its scalars are on the device, `capturable`: one kernel over lists of tensors.
 
-    return FusedAdam
+    Source: csrc/multi_tensor_adam.cu of Apex.
+    """
+    from amp_C import multi_tensor_adam_capturable
+
+    return multi_tensor_adam_capturable

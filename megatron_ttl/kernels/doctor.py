@@ -108,7 +108,7 @@ def error_ratios(paths: KernelPaths, device: torch.device, dtype: torch.dtype) -
         usual = "auto" if operation == "attention" else "torch"
         ours, torchs = (_with_gradients(lambda *x, path=path, compute=compute: compute(*x, path), there)
                         for path in (taken[operation], usual))
-        ratios[operation] = max(_error(a, reference) / max(_error(b, reference), torch.finfo(dtype).eps / 8)
+        ratios[operation] = max(_error(a, reference) / max(_error(b, reference), torch.finfo(b.dtype).eps / 8)
                                 for a, b, reference in zip(ours, torchs, wide, strict=True))
     return ratios
 
@@ -121,7 +121,8 @@ def _with_gradients(compute: Computation, inputs: Sequence[Tensor]) -> list[Tens
                 .sum() if out.dim() else out.double() for out in outputs)
     assert isinstance(total, Tensor)
     kept = [out.detach().clone() for out in outputs]
-    total.backward()
+    if total.requires_grad:
+        total.backward()
     return kept + [tensor.grad for tensor in inputs if tensor.grad is not None]
 
 

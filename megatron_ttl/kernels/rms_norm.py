@@ -73,34 +73,34 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, path: str
     return total, rms_norm(total, weight, eps, path)
 
 
-def _forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (total, y, 1/rms); total is empty where there is no delta."""
-    if weight.dtype != x.dtype or weight.shape != x.shape[-1:] or (delta is not None and (
-            delta.dtype != x.dtype or delta.shape != x.shape)):
+def _forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return (total, y, 1/rms); there is no total without a delta."""
+    if x.dtype not in build.DTYPES or weight.dtype != x.dtype or weight.shape != x.shape[-1:] or (
+            delta is not None and (delta.dtype != x.dtype or delta.shape != x.shape)):
         raise TypeError(f"rms_norm: x {x.dtype} {tuple(x.shape)}, weight {weight.dtype} {tuple(weight.shape)}"
                         + ("" if delta is None else f", delta {delta.dtype} {tuple(delta.shape)}")
-                        + "; all must have one dtype, and the weight the width of x")
+                        + "; all must be fp32, bf16 or fp16, one of them, and the weight as wide as x")
     x, weight, delta = x.contiguous(), weight.contiguous(), None if delta is None else delta.contiguous()
-    total = x.new_empty(0) if delta is None else torch.empty_like(x)
+    total = None if delta is None else torch.empty_like(x)
     y = torch.empty_like(x)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     build.require_kernels(x.device).call(
-        "rms_norm_forward", x, delta, weight, None if delta is None else total, y, rstd,
-        rstd.numel(), x.shape[-1], float(eps), build.DTYPES[x.dtype], device=x.device)
+        "rms_norm_forward", x, delta, weight, total, y, rstd, rstd.numel(), x.shape[-1], float(eps),
+        build.DTYPES[x.dtype], device=x.device)
     return total, y, rstd
 
 
 def _backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
-              weight_too: bool) -> tuple[Tensor, Tensor]:
-    """Return (dx, dweight); dweight is empty where it is not wanted. `x` is what was normed."""
+              weight_too: bool) -> tuple[Tensor, Tensor | None]:
+    """Return (dx, dweight); there is no dweight where it is not wanted. `x` is what was normed."""
     x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()  # a gradient may be an expanded number
     dx = torch.empty_like(x)
     blocks = _BLOCKS_PER_MULTIPROCESSOR * build.multiprocessors(x.device)
     partials = torch.empty(blocks, x.shape[-1], dtype=torch.float32, device=x.device) if weight_too else None
-    dweight = torch.empty_like(weight) if weight_too else weight.new_empty(0)
+    dweight = torch.empty_like(weight) if weight_too else None
     build.require_kernels(x.device).call(
         "rms_norm_backward", dy, None if dtotal is None else dtotal.contiguous(), x, weight, rstd, dx, partials,
-        dweight if weight_too else None, rstd.numel(), x.shape[-1], blocks, build.DTYPES[x.dtype], device=x.device)
+        dweight, rstd.numel(), x.shape[-1], blocks, build.DTYPES[x.dtype], device=x.device)
     return dx, dweight
 
 
@@ -115,7 +115,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         dx, dweight = _backward(dy, None, *ctx.saved_tensors, weight_too=ctx.needs_input_grad[1])
-        return dx, dweight if ctx.needs_input_grad[1] else None, None
+        return dx, dweight, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -133,14 +133,15 @@ class _AddRMSNorm(torch.autograd.Function):
         if dy is None:
             return dtotal, dtotal, None, None
         dx, dweight = _backward(dy, dtotal, *ctx.saved_tensors, weight_too=ctx.needs_input_grad[2])
-        return dx, dx, dweight if ctx.needs_input_grad[2] else None, None
+        return dx, dx, dweight, None
 
 
 # The same for torch.compile, which sees an operator with shapes and a backward pass, and does not look inside.
 @torch.library.custom_op("megatron_ttl::rms_norm", mutates_args=(),
                          schema="(Tensor x, Tensor? delta, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
 def _forward_op(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, delta, weight, eps)
+    total, y, rstd = _forward(x, delta, weight, eps)
+    return x.new_empty(0) if total is None else total, y, rstd
 
 
 @_forward_op.register_fake
@@ -154,7 +155,8 @@ def _(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tens
     "(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor rstd, bool weight_too) -> (Tensor, Tensor)"))
 def _backward_op(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor,
                  weight_too: bool) -> tuple[Tensor, Tensor]:
-    return _backward(dy, dtotal, x, weight, rstd, weight_too)
+    dx, dweight = _backward(dy, dtotal, x, weight, rstd, weight_too)
+    return dx, weight.new_empty(0) if dweight is None else dweight
 
 
 @_backward_op.register_fake

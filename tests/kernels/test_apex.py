@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ttl.errors import ConfigError
-from megatron_ttl.kernels.apex import apex_fused_adam, apex_refusal, installed_apex
+from megatron_ttl.kernels.apex import apex_adam, apex_refusal, installed_apex
 from megatron_ttl.kernels.paths import resolve_paths
 from megatron_ttl.kernels.rms_norm import rms_norm
 
@@ -37,11 +37,10 @@ def packages(tmp_path, monkeypatch):
 
 
 NVIDIAS = {
-    "apex/__init__.py": "", "apex/normalization/__init__.py": "", "amp_C.py": "",
+    "apex/__init__.py": "", "apex/normalization/__init__.py": "", "amp_C.py": "def multi_tensor_adam_capturable(): pass\n",
     "apex/normalization/fused_layer_norm.py":
         "def fused_rms_norm_affine(input, weight, normalized_shape, eps=1e-6, memory_efficient=False):\n"
         "    return input * 0 + eps + normalized_shape[0]\n",
-    "apex/optimizers/__init__.py": "class FusedAdam: pass\n",
 }
 """The folders and names of NVIDIA's package."""
 
@@ -72,10 +71,10 @@ def test_nvidias_without_its_extensions(packages):
 
 
 def test_nvidias_is_called(packages):
-    """The norm with its arguments in their places; the optimizer's class."""
+    """The norm with its arguments in their places; the optimizer's kernel."""
     packages("0.1", {**NVIDIAS, "fused_layer_norm_cuda.py": ""})
     assert apex_refusal("rms_norm", GPU) is None
     others = dict.fromkeys(("rotary", "swiglu", "cross_entropy"), "torch")
     assert resolve_paths({**others, "rms_norm": "apex", "adamw": "apex"}, GPU).paths.rms_norm == "apex"
     assert torch.equal(rms_norm(torch.ones(2, 8), torch.ones(8), 0.5, path="apex"), torch.full((2, 8), 8.5))
-    assert apex_fused_adam().__name__ == "FusedAdam"
+    assert apex_adam().__module__ == "amp_C"

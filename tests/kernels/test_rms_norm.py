@@ -133,9 +133,10 @@ def test_only_what_is_wanted_is_computed(device, monkeypatch):
 def test_refuses_what_does_not_fit(emulated_kernels):
     """Number formats and shapes that a kernel would read past."""
     x = torch.randn(4, 64)
-    for weight in (torch.ones(64, dtype=torch.bfloat16), torch.ones(32)):
-        with pytest.raises(TypeError, match="all must have one dtype, and the weight the width of x"):
-            norm(x, weight, EPS, path="cuda")
+    wide = x.double()
+    for tensor, weight in ((x, torch.ones(64, dtype=torch.bfloat16)), (x, torch.ones(32)), (wide, wide[0])):
+        with pytest.raises(TypeError, match="all must be fp32, bf16 or fp16, one of them, and the weight as wide as x"):
+            norm(tensor, weight, EPS, path="cuda")
     with pytest.raises(TypeError, match="delta"):
         add_rms_norm(x, x[:2], torch.ones(64), EPS, path="cuda")
 
