@@ -111,16 +111,16 @@ def test_accumulation_brings_the_squared_norm_along(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_norm_is_closer_than_pytorchs(path: str) -> None:
-    errors: dict[str, float] = {"ours": 0.0, "torch": 0.0}
+def test_norm_is_no_worse_than_pytorchs(path: str) -> None:
+    ours, pytorchs = [], []
     for size in (1, 3, 1023, STRETCH, 5 * STRETCH + 7, 300_001):
         for start in range(4):
             flat = torch.randn(start + size)[start:] * 10.0 ** torch.randint(-3, 4, ()).item()
             found, = in_both_orders(lambda flat=flat: [squared_norm(flat, path)])
-            exact = flat.double().square().sum()
-            errors["ours"] = max(errors["ours"], abs(found.double().sqrt() / exact.sqrt() - 1).item())
-            errors["torch"] = max(errors["torch"], abs(torch.linalg.vector_norm(flat).double() / exact.sqrt() - 1).item())
-    assert errors["ours"] <= 2 * errors["torch"] and errors["ours"] < 2e-7
+            exact = flat.double().square().sum().sqrt()
+            ours.append(abs(found.double().sqrt() / exact - 1))
+            pytorchs.append(abs(torch.linalg.vector_norm(flat).double() / exact - 1))
+    assert torch.stack(ours).max() <= min(2e-7, 2 * torch.stack(pytorchs).max())
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -27,7 +27,25 @@ __host__ __device__ __forceinline__ bool quads_at(const T* place) {
     return reinterpret_cast<uintptr_t>(place) % sizeof(Quad<T>) == 0;
 }
 
-// How many bytes a load or store of a quad moves, as one access.
+// Accesses of 16 and 8 bytes, certainly one instruction each and where they stand: the compiler may take an assignment
+// apart, and puts a load behind arithmetic if it can. Nothing reads what is written again soon.
+__device__ __forceinline__ void load_raw(const void* place, uint4& raw) {
+#ifdef __CUDA_ARCH__
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+                 : "l"(__cvta_generic_to_global(place)));
+#else
+    raw = *static_cast<const uint4*>(place);
+#endif
+}
+
+__device__ __forceinline__ void load_raw(const void* place, uint2& raw) {
+#ifdef __CUDA_ARCH__
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(raw.x), "=r"(raw.y) : "l"(__cvta_generic_to_global(place)));
+#else
+    raw = *static_cast<const uint2*>(place);
+#endif
+}
+
 template <size_t bytes> struct Raw;
 template <> struct Raw<16> { using Type = uint4; };
 template <> struct Raw<8> { using Type = uint2; };
@@ -37,13 +55,13 @@ __device__ __forceinline__ Quad<T> load_quad(const T* place) {
 #ifdef TTL_EMULATED
     if (!quads_at(place)) std::abort();
 #endif
-    const auto raw = *reinterpret_cast<const typename Raw<sizeof(Quad<T>)>::Type*>(place);
+    typename Raw<sizeof(Quad<T>)>::Type raw;
+    load_raw(place, raw);
     Quad<T> quad;
     memcpy(&quad, &raw, sizeof(raw));
     return quad;
 }
 
-// One access for certain, where an assignment may be taken apart; and nothing reads the place again soon.
 template <typename T>
 __device__ __forceinline__ void store_quad(T* place, const Quad<T>& quad) {
 #ifdef TTL_EMULATED
@@ -59,15 +77,33 @@ int64_t head_of(const float* buffer) {
     return (QUAD - static_cast<int64_t>(reinterpret_cast<uintptr_t>(buffer) / sizeof(float) % QUAD)) % QUAD;
 }
 
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+constexpr int64_t NEXT = THREADS * QUAD;  // elements between the quads that a thread takes at once
+
+// A block's quads from `first` to `end`, `AT_ONCE` per thread as long as there are so many: for_quads(count, element).
+template <int AT_ONCE, typename ForQuads>
+__device__ __forceinline__ void for_block(int64_t first, int64_t end, ForQuads for_quads) {
+    int64_t i = first + threadIdx.x;
+    if (AT_ONCE > 1)
+#pragma unroll 1
+        for (; i + (AT_ONCE - 1) * THREADS < end; i += AT_ONCE * THREADS) for_quads(Count<AT_ONCE>{}, i * QUAD);
+#pragma unroll 1
+    for (; i < end; i += THREADS) for_quads(Count<1>{}, i * QUAD);
+}
+
 // A block's part of a buffer: quads from element `head` on, and single elements, which are before and after them; all of
 // them single where head is the size.
-template <int UNROLL, typename ForQuad, typename ForElement>
-__device__ __forceinline__ void for_stretch(int64_t size, int64_t head, ForQuad for_quad, ForElement for_element) {
+template <int AT_ONCE, typename ForQuads, typename ForElement>
+__device__ __forceinline__ void for_stretch(int64_t size, int64_t head, ForQuads for_quads, ForElement for_element) {
     const int64_t quads = (size - head) / QUAD, single = size - quads * QUAD;
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * STRETCH, end = begin + STRETCH;
-    const int64_t quad_end = end / QUAD < quads ? end / QUAD : quads, single_end = end < single ? end : single;
-#pragma unroll UNROLL
-    for (int64_t i = begin / QUAD + threadIdx.x; i < quad_end; i += THREADS) for_quad(head + i * QUAD);
+    for_block<AT_ONCE>(begin / QUAD, end / QUAD < quads ? end / QUAD : quads,
+                       [&](auto count, int64_t i) { for_quads(count, head + i); });
+    const int64_t single_end = end < single ? end : single;
+#pragma unroll 1
     for (int64_t i = begin + threadIdx.x; i < single_end; i += THREADS) for_element(i < head ? i : i + quads * QUAD);
 }
 
@@ -92,7 +128,6 @@ __device__ __forceinline__ double squared(float value) { return static_cast<doub
 // ---- accumulate
 
 constexpr int RANGES = 124;
-constexpr int IN_FLIGHT = 4;  // quads that a thread reads before it writes
 
 struct Range {
     const void* gradient;
@@ -111,33 +146,29 @@ struct Ranges {
 static_assert(sizeof(Ranges) <= 4096, "too many ranges for the parameters of a kernel");
 
 template <bool ADD, bool SQUARE, typename T>
-__device__ __forceinline__ double accumulate_range(float* __restrict__ flat, const T* __restrict__ gradient, int64_t size) {
+__device__ __forceinline__ double accumulate_range(float* flat, const T* gradient, int64_t size) {
     double squares = 0.0;
-    int64_t done = 0;
-    if (quads_at(flat) && quads_at(gradient)) {
-        done = size / QUAD * QUAD;
-        for (int64_t begin = threadIdx.x * QUAD; begin < done; begin += THREADS * QUAD * IN_FLIGHT) {
-            Quad<T> from[IN_FLIGHT];
-            Quad<float> sum[IN_FLIGHT] = {};
+    const int64_t quads = quads_at(flat) && quads_at(gradient) ? size / QUAD : 0;
+    for_block<4>(0, quads, [&](auto count, int64_t i) {
+        constexpr int COUNT = decltype(count)::value;
+        Quad<T> from[COUNT];
+        Quad<float> sum[COUNT] = {};
 #pragma unroll
-            for (int n = 0; n < IN_FLIGHT; ++n) {
-                const int64_t i = begin + n * THREADS * QUAD;
-                if (i < done) from[n] = load_quad(gradient + i);
-                if (ADD && i < done) sum[n] = load_quad(flat + i);
-            }
-#pragma unroll
-            for (int n = 0; n < IN_FLIGHT; ++n) {
-                const int64_t i = begin + n * THREADS * QUAD;
-                if (i >= done) break;
-                for (int k = 0; k < QUAD; ++k) {
-                    sum[n].element[k] = ADD ? sum[n].element[k] + widen(from[n].element[k]) : widen(from[n].element[k]);
-                    if (SQUARE) squares += squared(sum[n].element[k]);
-                }
-                store_quad(flat + i, sum[n]);
-            }
+        for (int n = 0; n < COUNT; ++n) {
+            from[n] = load_quad(gradient + i + n * NEXT);
+            if (ADD) sum[n] = load_quad(flat + i + n * NEXT);
         }
-    }
-    for (int64_t i = done + threadIdx.x; i < size; i += THREADS) {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) {
+            for (int k = 0; k < QUAD; ++k) {
+                sum[n].element[k] = ADD ? sum[n].element[k] + widen(from[n].element[k]) : widen(from[n].element[k]);
+                if (SQUARE) squares += squared(sum[n].element[k]);
+            }
+            store_quad(flat + i + n * NEXT, sum[n]);
+        }
+    });
+#pragma unroll 1
+    for (int64_t i = quads * QUAD + threadIdx.x; i < size; i += THREADS) {
         const float sum = ADD ? flat[i] + widen(gradient[i]) : widen(gradient[i]);
         if (SQUARE) squares += squared(sum);
         flat[i] = sum;
@@ -186,9 +217,14 @@ int launch_accumulate(const Ranges& ranges, int64_t blocks, void* stream) {
 __global__ void __launch_bounds__(THREADS) partial_squares(const float* __restrict__ flat, int64_t size, int64_t head,
                                                            double* __restrict__ partial) {
     double sum = 0.0;
-    for_stretch<4>(size, head, [&](int64_t i) {
-        const Quad<float> values = load_quad(flat + i);
-        for (int k = 0; k < QUAD; ++k) sum += squared(values.element[k]);
+    for_stretch<4>(size, head, [&](auto count, int64_t i) {
+        constexpr int COUNT = decltype(count)::value;
+        Quad<float> values[COUNT];
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) values[n] = load_quad(flat + i + n * NEXT);
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n)
+            for (int k = 0; k < QUAD; ++k) sum += squared(values[n].element[k]);
     }, [&](int64_t i) { sum += squared(flat[i]); });
     const double total = block_sum(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
@@ -283,7 +319,7 @@ struct Buffers {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) adamw(Buffers<T> buffers, int64_t size, int64_t head, bool zero,
+__global__ void __launch_bounds__(THREADS, 6) adamw(Buffers<T> buffers, int64_t size, int64_t head, bool zero,
                                                  const float* lr, const float* step, const float* squared_norm,
                                                  Settings settings) {
     Update* shared = dynamic_shared<Update>();
@@ -293,7 +329,7 @@ __global__ void __launch_bounds__(THREADS) adamw(Buffers<T> buffers, int64_t siz
     if (threadIdx.x == 0) *shared = update_of(settings, *lr, *step, squares);
     __syncthreads();
     const Update update = *shared;
-    for_stretch<1>(size, head, [&](int64_t i) {
+    for_stretch<1>(size, head, [&](auto, int64_t i) {
         if (finite) buffers.step_quad_at(update, i);
         if (zero) store_quad(buffers.gradient + i, Quad<float>{});
     }, [&](int64_t i) {
