@@ -212,6 +212,7 @@ def with_bad_steps(mesh, deepspeed, run, overrides, bad):
     from megatron_ttl.train.stop import StopRequest
 
     session = prepare(load_settings(deepspeed, run, overrides), mesh)
+    assert str(session.engine.options).startswith("flat; torch: rms_norm")
     real = session.engine._scaled_loss
     session.engine._scaled_loss = lambda *rest: real(*rest) * (float("nan") if session.state.step + 1 in bad else 1.0)
     try:
