@@ -150,7 +150,7 @@ class DeepSpeedProfile(Section):
     cuda_graphs: Annotated[Literal["auto", True, False], BeforeValidator(_no_number)] = "auto"
     """Record the flat engine's step once and replay it; `auto` does on a GPU where a micro batch has at most 16,384
     tokens and data.document_mask is false, and goes on without where it fails."""
-    kernels: KernelsConfig | None = None
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     parallel: ParallelConfig | None = None
     watchdog: WatchdogConfig | None = None
     data_loader: DataLoaderConfig | None = None
@@ -161,11 +161,6 @@ class DeepSpeedProfile(Section):
         if self.bf16 is not None and self.bf16.enabled:
             return "bf16"
         return "fp16" if self.fp16 is not None and self.fp16.enabled else "fp32"
-
-    @property
-    def implementations(self) -> KernelsConfig:
-        """The implementation of each operation, given or not."""
-        return self.kernels or KernelsConfig()
 
     @property
     def cut(self) -> ParallelConfig:

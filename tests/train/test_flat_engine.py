@@ -14,7 +14,9 @@ from layout_runs import Case, deepspeed_settings, joined, run_of, steps_of_data
 from tiny_session import write_data, write_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_ttl.checkpoint.state import capture, restore
+from megatron_ttl.checkpoint.names import split_to_hf
+from megatron_ttl.checkpoint.state import WEIGHTS, capture, outline, restore
+from megatron_ttl.model.llama import build_model
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.testing import run_distributed
 from megatron_ttl.train import flat_drive
@@ -49,7 +51,7 @@ class Pieces:
 def moved_between_engines(mesh, precision):
     """Train three steps under every engine; restore each state in every other one and go on; return what came."""
     cases = [replace(case, precision=precision) for case in
-             (FLAT, *(Case(stage=stage) for stage in range(precision == "bf16", 4)))]
+             (FLAT, *(Case(stage=stage) for stage in ((1, 3) if precision == "bf16" else range(4))))]
     pairs = [(cases[0], other) for other in cases] + [(other, cases[0]) for other in cases[1:]]
     data, states, later, moved = data_of(FLAT, 6), {}, {}, []
     for case in cases:
@@ -76,6 +78,21 @@ def test_a_run_goes_from_one_engine_to_the_other(precision, bound):
     for source, target, same, losses, expected in run_distributed(moved_between_engines, 1, precision)[0]:
         assert same, (source, target)
         assert losses == (expected if source == target else pytest.approx(expected, abs=bound)), (source, target)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_masters_begin_as_the_drawn_bits_and_an_outline_foresees_a_capture(precision):
+    engine, run = flat_engine(replace(FLAT, precision=precision, model="odd vocabulary")), run_of(
+        replace(FLAT, model="odd vocabulary"))
+    captured, foreseen = (f(engine.state, run.model, engine.mesh) for f in (capture, outline))
+    drawn = {}
+    for name, tensor in build_model(run.model, run.run.seed).state_dict().items():
+        drawn |= split_to_hf(name, tensor, run.model)
+    weights = captured[WEIGHTS]
+    assert weights.keys() == drawn.keys() and all(torch.equal(weights[name].tensor, drawn[name]) for name in drawn)
+    shapes = [{(group, name): (piece.shape, piece.offset, piece.tensor.shape, piece.tensor.dtype)
+               for group, pieces in groups.items() for name, piece in pieces.items()} for groups in (captured, foreseen)]
+    assert shapes[0] == shapes[1]
 
 
 def test_bf16_sums_of_one_micro_batch_are_those_of_fp32():
@@ -212,6 +229,7 @@ def with_bad_steps(mesh, deepspeed, run, overrides, bad):
     from megatron_ttl.train.stop import StopRequest
 
     session = prepare(load_settings(deepspeed, run, overrides), mesh)
+    assert str(session.engine.options).startswith("flat; torch: rms_norm")
     real = session.engine._scaled_loss
     session.engine._scaled_loss = lambda *rest: real(*rest) * (float("nan") if session.state.step + 1 in bad else 1.0)
     try:
@@ -264,8 +282,11 @@ def test_ten_steady_steps_never_wait_for_the_gpu(micro_batch, graphs):
 @gpu.gpu_test
 @pytest.mark.parametrize("case", [FLAT, replace(FLAT, precision="bf16", micro_batch=24)], ids=str)
 def test_recorded_and_launched_steps_give_equal_losses_on_a_gpu(case):
-    """And those of the CPU, as near as the precision allows; a longer evaluation between two steps disturbs neither."""
-    data, curves = data_of(case, 10), {}
+    """And those of the CPU, as near as the precision allows; a longer evaluation between two steps disturbs neither.
+
+    Equal to the order in which a GPU adds; a learning rate that stayed at an earlier step's would be off by per cents.
+    """
+    data, curves, bound = data_of(case, 10), {}, 2e-2 if case.precision == "bf16" else 1e-4
     for device, graphs in (("cpu", "off"), ("cuda:0", "off"), ("cuda:0", "require")):
         engine, losses = flat_engine(case, device, graphs), []
         for number, micro_batches in enumerate(data):
@@ -274,5 +295,5 @@ def test_recorded_and_launched_steps_give_equal_losses_on_a_gpu(case):
                 ids = torch.zeros(3, 200, dtype=torch.int64)
                 engine.held_out_nats(ids, ids)
         curves[device, graphs] = losses
-    assert curves["cuda:0", "require"] == pytest.approx(curves["cuda:0", "off"], abs=1e-6)
-    assert curves["cuda:0", "off"] == pytest.approx(curves["cpu", "off"], abs=5e-3 if case.precision == "bf16" else 1e-4)
+    assert curves["cuda:0", "require"] == pytest.approx(curves["cuda:0", "off"], abs=bound / 10)
+    assert curves["cuda:0", "off"] == pytest.approx(curves["cpu", "off"], abs=bound)
