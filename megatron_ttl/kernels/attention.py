@@ -55,7 +55,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     if query.shape[2] == key.shape[2]:
         if path == "flash_attn":
             return causal_flash_attn(query, key, value)
-        # A compiled region cannot ask for the device's architecture: `prefer_attention_backend` has, and "auto" is its choice.
+        # A compiled region cannot ask for the architecture: `prefer_attention_backend` has, and "auto" is its choice.
         switched = path == "auto" and torch.compiler.is_compiling()
         return _attend(query, key, value, [] if switched else backends_of(query.device, query.dtype, path))
     # On top of a cache the order is PyTorch's own. Several queries take a mask: is_causal would begin at the first key.

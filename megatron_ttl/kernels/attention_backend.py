@@ -49,9 +49,9 @@ def prefer_attention_backend(path: str, device: torch.device, dtype: torch.dtype
     """Switch PyTorch to one backend, for the whole process, and return its name.
 
     Whoever trains on a GPU calls this once, before anything is compiled. A compiled region keeps the backend that the
-    switches named when it was traced, also where a context around it says otherwise; and in eager mode a call of
-    `attention` while training then saves the change of switches and back, some 20 us. Calls without gradients, with a mask or
-    on a cache still change the switches for themselves. It does nothing without a GPU or for the package flash-attn.
+    switches named when it was traced, also where a context around it says otherwise; and in eager mode every `attention` of
+    a training step then saves the change of switches and back. Calls without gradients, with a mask or on a cache still
+    change the switches for themselves. It does nothing without a GPU or for the package flash-attn.
 
     Args:
         path: from `KernelPaths`; "auto" takes the fastest that computes this shape, forward and backward, on this device.

@@ -130,7 +130,11 @@ class MLP(nn.Module):
 
     def narrow(self, packed: Tensor) -> Tensor:
         """Gate and project back: [b, s, 2f] -> [b, s, h]."""
-        return self.down_proj(swiglu(packed, self.paths.swiglu))
+        return self.down_proj(self.gate(packed))
+
+    def gate(self, packed: Tensor) -> Tensor:
+        """[b, s, 2f] -> [b, s, f]"""
+        return swiglu(packed, self.paths.swiglu)
 
 
 class TokenEmbedding(nn.Module):

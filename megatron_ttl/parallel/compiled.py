@@ -39,16 +39,16 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the blocks and the head of a model in place; the first training step does the work.
 
     Args:
-        model: what `build_part` built, with its paths and what it forgets already chosen; not yet inside an engine that hooks
-            into its modules.
+        model: what `build_part` built, with its paths and what it forgets already chosen, before an engine has it; one that
+            hooks into modules, as ZeRO-3 does, cannot be compiled.
         backend: of torch.compile.
 
     Raises:
         ConfigError: its layers are cut over ranks.
     """
     if any(isinstance(module, ColumnParallelLinear) for module in model.modules()):
-        raise ConfigError("compile: true; it must be false where layers are cut over ranks, whose exchanges are no part of a "
-                          "compiled region; take parallel.tensor 1, or compile false")
+        raise ConfigError("compile: true; it must be false where layers are cut over ranks, whose exchanges are no part of "
+                          "a compiled region; take parallel.tensor 1, or compile false")
     for module in list(model.modules()):
         if isinstance(module, TransformerBlock | LMHead):
             module.add_forward = _CompiledInTraining(module, backend)  # type: ignore[method-assign]

@@ -3,7 +3,8 @@
 - `selective`: the outputs of norms and SwiGLU, 6 h of the 20 h numbers that a TTL block keeps per token (h hidden,
   f = 4 h), for less than one per cent of its operations. Each is forgotten together with the matrix product that reads
   it; recomputing stops as soon as that product's input is there again, so no product is computed twice.
-  Where a kernel adds and norms at once, it does so here too: the sum is kept, and the norm alone is computed again.
+  With kernels for both, which keep their inputs alone, a step needs no more than that: the kernel that adds and norms gives
+  the sum, which is kept, and the norm, which is not.
 - `full`: everything inside a block but its input, for a third more operations.
 
 Source: Chen et al. 2016; Korthikanti et al. 2022, section 5 (which recomputes the attention instead: PyTorch's fused
@@ -57,8 +58,8 @@ def _selective(block: TransformerBlock, residual: Tensor, delta: Tensor | None, 
     """The block's own formula, with its parts grouped by what is forgotten."""
     if not block.training or cache is not None:
         return TransformerBlock.add_forward(block, residual, delta, documents, cache)
-    if _adds_in_the_norm(block):
-        return _selective_with_fused_norms(block, residual, delta, documents)
+    if _has_kernels(block):
+        return _selective_with_kernels(block, residual, delta, documents)
     attention, mlp = block.self_attn, block.mlp
     residual = _sum(residual, delta)
     packed = _forgetting(lambda x: attention.qkv_proj(block.input_layernorm(x)), residual)
@@ -67,14 +68,16 @@ def _selective(block: TransformerBlock, residual: Tensor, delta: Tensor | None, 
     return residual, _forgetting(mlp.narrow, wide)
 
 
-def _adds_in_the_norm(block: TransformerBlock) -> bool:
-    """Whether there is a kernel for it; and tokens that are gathered after the norm, or a compiler, need the other way."""
-    norm = block.input_layernorm
-    return norm.paths.rms_norm != "torch" and type(norm) is RMSNorm and not torch.compiler.is_compiling()
+def _has_kernels(block: TransformerBlock) -> bool:
+    """Whether there are kernels for both; tokens that are gathered after the norm, or a compiler, need the other way."""
+    norm, mlp = block.input_layernorm, block.mlp
+    return ("torch" not in (norm.paths.rms_norm, mlp.paths.swiglu) and type(norm) is RMSNorm
+            and not torch.compiler.is_compiling())
 
 
-def _selective_with_fused_norms(block: TransformerBlock, residual: Tensor, delta: Tensor | None,
-                                documents: Documents | None) -> tuple[Tensor, Tensor]:
+def _selective_with_kernels(block: TransformerBlock, residual: Tensor, delta: Tensor | None,
+                            documents: Documents | None) -> tuple[Tensor, Tensor]:
+    """Forget single tensors: a quarter of the work for the host that running parts of a block again is."""
     attention, mlp = block.self_attn, block.mlp
     first, normed = add_and_norm(block.input_layernorm, residual, delta)
     with _forgotten(normed, lambda: block.input_layernorm(first)):
@@ -82,7 +85,9 @@ def _selective_with_fused_norms(block: TransformerBlock, residual: Tensor, delta
     second, normed = add_and_norm(block.post_attention_layernorm, first, attention.mix(packed, None, documents))
     with _forgotten(normed, lambda: block.post_attention_layernorm(second)):
         wide = mlp.gate_up_proj(normed)
-    return second, _forgetting(mlp.narrow, wide)
+    gated = mlp.gate(wide)
+    with _forgotten(gated, lambda: mlp.gate(wide)):
+        return second, mlp.down_proj(gated)
 
 
 @contextmanager

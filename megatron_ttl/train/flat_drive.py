@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from megatron_ttl.config.schema import OptimizerConfig
-from megatron_ttl.kernels.adamw import accumulate_, adamw_, squared_norm
+from megatron_ttl.kernels.adamw import accumulate_, accumulate_and_square_, adamw_
 from megatron_ttl.parallel.pipeline import LossFunction
 from megatron_ttl.train.cuda_graphs import GraphedCalls, GraphRecorder
 from megatron_ttl.train.engine_options import EngineOptions
@@ -45,11 +46,12 @@ class FlatDrive:
         self._optimizer, self._clipping, self._path = optimizer, clipping, options.paths.adamw
         self._loss_of = loss
         self._inputs = InputBuffers(device)
-        self._lr, self._total, self._norm = (torch.zeros((), device=device) for _ in range(3))
+        self._lr, self._total, self._norm, self._squares = (torch.zeros((), device=device) for _ in range(4))
         self._skipped = torch.zeros((), dtype=torch.bool, device=device)
         recorder = None if options.graphs == "off" else GraphRecorder(module)
         graphs = GraphedCalls(recorder, options.graphs == "require", _warn)
-        self._first, self._further = (graphs.wrap(lambda first=first: self._micro_step(first)) for first in (True, False))
+        self._micro_steps = {(first, last): graphs.wrap(partial(self._micro_step, first, last))
+                             for first in (True, False) for last in (True, False)}
         self._update = graphs.wrap(self._move_weights)
 
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -71,10 +73,10 @@ class FlatDrive:
         self._lr.fill_(lr)  # a number in the launch itself: nothing is copied, nothing waits
         self.scale.fill_(1 / global_tokens)
         beat()
-        for number, _ in enumerate(self._inputs.fed(micro_batches)):
-            if number:
+        for number, _ in enumerate(self._inputs.fed(micro_batches), 1):
+            if number > 1:
                 beat()
-            (self._further if number else self._first)()
+            self._micro_steps[number == 1, number == len(micro_batches)]()
         self._update()
         # The next step writes into the same tensors.
         return StepResult(self._total.clone(), self._norm.clone(), DelayedFlag(self._skipped))
@@ -82,15 +84,16 @@ class FlatDrive:
     def close(self) -> None:
         """Give nothing back: the buffers go with this object."""
 
-    def _micro_step(self, first: bool) -> None:
-        """Forward, loss, backward, and the gradients into the flat sum."""
+    def _micro_step(self, first: bool, last: bool) -> None:
+        """Forward, loss, backward, and the gradients into the flat sum; the last one brings the norm along."""
         try:
             loss = self._loss_of(self.module(self._inputs.input_ids), self._inputs.labels)
             loss.backward()
             gradients = [parameter.grad for parameter in self.state.parameters]
             assert all(gradient is not None for gradient in gradients), "every weight takes part in every step"
-            accumulate_(self.state.gradient, gradients, self.state.offsets, first, self._path)
+            where = (self.state.gradient, gradients, self.state.offsets, first, self._path)
             with torch.no_grad():
+                self._squares.copy_(accumulate_and_square_(*where)) if last else accumulate_(*where)
                 self._total.copy_(loss) if first else self._total.add_(loss)
         finally:
             for parameter in self.state.parameters:
@@ -100,17 +103,16 @@ class FlatDrive:
     def _move_weights(self) -> None:
         """Clip, and update weights and moments where the gradient is finite."""
         state, chosen = self.state, self._optimizer
-        squares = squared_norm(state.gradient, self._path)
         update = state.updates + 1
         for part, weight_decay in state.groups:
             low = state.low_precision
             adamw_(state.master[part], state.gradient[part], state.exp_avg[part], state.exp_avg_sq[part],
-                   None if low is None else low[part], lr=self._lr, step=update, squared_norm=squares,
+                   None if low is None else low[part], lr=self._lr, step=update, squared_norm=self._squares,
                    clipping=self._clipping, betas=chosen.betas, eps=chosen.eps, weight_decay=weight_decay, path=self._path)
-        finite = squares.isfinite()
+        finite = self._squares.isfinite()
         state.updates.add_(finite)
         self._skipped.copy_(~finite)
-        self._norm.copy_(squares.sqrt())
+        self._norm.copy_(self._squares.sqrt())
 
 
 def _warn(line: str) -> None:

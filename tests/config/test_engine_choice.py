@@ -38,6 +38,7 @@ def test_what_is_not_known_yet_is_said_so(tmp_path):
     ({"engine": "flat", "wall_clock_breakdown": True}, "wall_clock_breakdown is given"),
     ({"compile": True, "zero_optimization": {"stage": 3}}, "compile: is true with zero_optimization.stage 3"),
     ({"compile": True, "parallel": {"pipeline": 2}}, "compile: is true with parallel.pipeline 2"),
+    ({"compile": True, "parallel": {"tensor": 2}}, "compile: is true with parallel.tensor 2"),
     ({"compile": "inductor"}, "compile: .*must be true or false"),
     ({"cuda_graphs": "true"}, 'cuda_graphs: is "true"; must be one of "auto", true, false'),
     ({"cuda_graphs": 1}, 'cuda_graphs: is 1; must be one of "auto", true, false'),

@@ -19,6 +19,7 @@ from megatron_ttl.kernels.attention_backend import (
     prefer_attention_backend,
     profiled_kernels,
 )
+from megatron_ttl.kernels.documents import document_mask
 from megatron_ttl.kernels.flash_attn import flash_attn_refusal
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -150,6 +151,24 @@ def test_the_architectures_backend_runs(compiled, switches_as_before):
     names = profiled_kernels(lambda: run(packed).backward(), GPU)
     assert backend_named_by(names) == best_here(), names
     assert attention_that_runs(GPU, dtype=torch.float32) == "efficient"
+
+
+@gpu_test
+@pytest.mark.parametrize("compiled", [False, True])
+def test_masks_are_for_efficient_whatever_is_left_on(compiled, switches_as_before):
+    """A switch that leaves one backend alone must not send masks to it, nor to the written-out formula."""
+    prefer_attention_backend("auto", GPU, torch.bfloat16, (4, 2, 128, 64))
+    packed, parts = stored_as_in_the_model(4, 2, 128, 64, GPU, torch.bfloat16)
+    mask = document_mask(torch.arange(128, device=GPU)[None].expand(2, -1) % 50, torch.bfloat16)
+
+    def masked(packed):
+        return attention(*(part.transpose(1, 2) for part in packed.split((4, 2, 2), dim=2)), mask)
+
+    run = torch.compile(masked, fullgraph=True, dynamic=False) if compiled else masked
+    run(packed).sum().backward()
+    names = profiled_kernels(lambda: run(packed).sum().backward(), GPU)
+    assert backend_named_by(names) == "efficient", names
+    assert relative_error(run(packed), attention_reference(*(part.float() for part in parts), mask)) < 1e-2
 
 
 @gpu_test

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_emulation import in_both_orders
-from gpu import needs_gpu
-from kernel_errors import assert_guards_hold, assert_no_worse, guarded
+from gpu import gpu_test, needs_gpu
+from kernel_errors import assert_guards_hold, assert_no_worse, guarded, poisoned_memory
 
 from megatron_ttl.kernels import build
 from megatron_ttl.kernels.attention import attention_reference
@@ -132,9 +132,10 @@ def test_attention_over_turned_heads(compiled):
     """Outputs and gradients of a projection are those of PyTorch's path, in eager mode and through one compiled graph."""
     module, x = Projection(), torch.randn(3, 7, 24, requires_grad=True)
     function = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
-    for ours, theirs in zip(with_gradients(function, module, x, "cuda"), with_gradients(module, module, x, "torch"),
-                            strict=True):
-        torch.testing.assert_close(ours, theirs)
+    with poisoned_memory():
+        ours = with_gradients(function, module, x, "cuda")
+    for value, pytorchs in zip(ours, with_gradients(module, module, x, "torch"), strict=True):
+        torch.testing.assert_close(value, pytorchs)
 
 
 @pytest.mark.parametrize("used", [0, 1, 2])
@@ -215,3 +216,20 @@ def test_on_a_gpu(device, shape, dtype):
     assert_rounded_once(gradient[:, :, :first], turn(torch.cat(gradients[:2], dim=1).transpose(1, 2), cos, sin, -1))
     assert torch.equal(turned.transpose(1, 2)[:, :, first:], packed[:, :, first:])
     assert torch.equal(gradient[:, :, first:], gradients[2].transpose(1, 2))
+
+
+@gpu_test
+def test_places_beyond_32_bits_on_a_gpu():
+    """The last positions of more than 2^31 elements are what they are alone, in both passes."""
+    length = 2**31 // (36 * 64) + 7
+    packed = torch.randn(1, length, 36, 64, device="cuda", dtype=torch.bfloat16)
+    cos, sin = rotary_tables(length, 64, 10_000.0, "cuda")
+    results = []
+    for start in (0, length - 16):
+        source = packed[:, start:].detach().requires_grad_()
+        heads = rotary_heads(source.clone(), cos[start:], sin[start:], 2, "cuda")
+        gradients = [packed[:, start:, :t.shape[1]].transpose(1, 2) for t in heads]
+        (gradient,) = torch.autograd.grad(heads, source, gradients)
+        results.append([*(t.transpose(1, 2)[:, -16:] for t in heads), gradient[:, -16:]])
+    for value, alone in zip(*results, strict=True):
+        assert torch.equal(value, alone)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_emulation import in_both_orders
-from gpu import needs_gpu
-from kernel_errors import assert_guards_hold, assert_no_worse, guarded
+from gpu import gpu_test, needs_gpu
+from kernel_errors import assert_guards_hold, assert_no_worse, guarded, poisoned_memory
 
 from megatron_ttl.kernels import build
 from megatron_ttl.kernels.swiglu import swiglu
@@ -53,8 +53,10 @@ def test_kernels(emulated_kernels, dtype, shape, offset):
         return y, gradient
 
     ours, exact = in_both_orders(run), in_fp64(gate_up, dy)
+    # Of few elements chance decides who rounds better: fp32 is let err by all of its roundings.
+    allowed = 4 * torch.finfo(dtype).eps if dtype == torch.float32 and dy.numel() < 512 else None
     for value, pytorchs, wanted in zip(ours, forward_and_backward(swiglu, gate_up, dy), exact, strict=True):
-        assert_no_worse(value, pytorchs, wanted)
+        assert_no_worse(value, pytorchs, wanted, allowed=allowed)
     if dtype != torch.float32:
         torch.testing.assert_close(ours[0], exact[0].to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
 
@@ -64,7 +66,8 @@ def test_kernels(emulated_kernels, dtype, shape, offset):
 def test_more_rows_than_a_grid_is_high():
     """Blocks go round."""
     gate_up, dy = drawn((65535 * 8 + 11, 1), torch.float32)
-    for value, exact in zip(forward_and_backward(lambda t: swiglu(t, "cuda"), gate_up, dy), in_fp64(gate_up, dy), strict=True):
+    ours = forward_and_backward(lambda t: swiglu(t, "cuda"), gate_up, dy)
+    for value, exact in zip(ours, in_fp64(gate_up, dy), strict=True):
         torch.testing.assert_close(value, exact.float())
 
 
@@ -78,9 +81,10 @@ def test_the_path_takes_views_and_expanded_gradients(compiled):
         return swiglu(whole[1:, ::2, 4:-4], path).sum()  # its gradient is one number, expanded
 
     function = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
-    ours, theirs = function(whole, "cuda"), loss(whole, "torch")
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(*(torch.autograd.grad(value, whole)[0] for value in (ours, theirs)))
+    with poisoned_memory():
+        ours, theirs = function(whole, "cuda"), loss(whole, "torch")
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(*(torch.autograd.grad(value, whole)[0] for value in (ours, theirs)))
 
 
 @pytest.mark.usefixtures("emulated_kernels")
@@ -114,3 +118,13 @@ def test_on_a_gpu(device, dtype, width):
     assert torch.equal(ours[1], again[1])
     for value, pytorchs, wanted in zip(ours, forward_and_backward(swiglu, gate_up, dy), in_fp64(gate_up, dy), strict=True):
         assert_no_worse(value, pytorchs, wanted)
+
+
+@gpu_test
+def test_places_beyond_32_bits_on_a_gpu():
+    """The last rows of more than 2^31 elements are what they are alone, in both passes."""
+    rows, width = 2**31 // 8192 + 9, 4096
+    gate_up = torch.randn(rows, 2 * width, device="cuda", dtype=torch.bfloat16)
+    ours, alone = (forward_and_backward(lambda t: swiglu(t, "cuda"), t, t[:, :width]) for t in (gate_up, gate_up[-16:]))
+    for value, last in zip(ours, alone, strict=True):
+        assert torch.equal(value[-16:], last)

@@ -324,12 +324,12 @@ extern "C" int ttl_accumulate(float* flat, const int64_t* table, int64_t count, 
             blocks += blocks_for(row[2]);
         }
         done += blocks;
-        if (partial != nullptr && done > partials) return cudaErrorInvalidValue;
+        if (result != nullptr && done > partials) return cudaErrorInvalidValue;
         const int code = add ? launch_accumulate<true>(ranges, blocks, stream)
                              : launch_accumulate<false>(ranges, blocks, stream);
         if (code) return code;
     }
-    if (partial == nullptr) return cudaSuccess;
+    if (result == nullptr) return cudaSuccess;
     return done == partials ? launch_sum(partial, partials, result, stream) : static_cast<int>(cudaErrorInvalidValue);
 }
 

@@ -6,6 +6,7 @@
 #include "common.cuh"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace {
 
@@ -161,7 +162,8 @@ extern "C" int ttl_rotary_in_place(void* packed, const float* cos, const float* 
     return with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         auto* place = static_cast<T*>(packed);
-        return launch_turn<T>(packed_heads<const T>(place, sizes), packed_heads(place, sizes), cos, sin, sizes, 1.0f, stream);
+        const auto from = packed_heads<const T>(place, sizes);
+        return launch_turn<T>(from, packed_heads(place, sizes), cos, sin, sizes, 1.0f, stream);
     });
 }
 

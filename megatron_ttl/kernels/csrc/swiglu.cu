@@ -11,11 +11,11 @@ using namespace ttl;
 constexpr int COLUMNS = 64, LANES = 4;  // a block: 64 vectors of a row, 4 rows at a time
 constexpr int ROWS = 2;  // of a thread: four loads of 16 bytes forward, six backward
 
-// Formats of 16 bits take the fast functions, whose errors lie far below their rounding.
+// value * sigmoid(x). Formats of 16 bits take the fast functions, whose errors lie far below their rounding.
 template <typename T>
-__device__ __forceinline__ float sigmoid(float x) {
-    if constexpr (sizeof(T) == 2) return __fdividef(1.0f, 1.0f + __expf(-x));
-    else return 1.0f / (1.0f + expf(-x));
+__device__ __forceinline__ float times_sigmoid(float value, float x) {
+    if constexpr (sizeof(T) == 2) return __fdividef(value, 1.0f + __expf(-x));
+    else return value / (1.0f + expf(-x));
 }
 
 // A few rows, LANES apart. No condition stands between the loads: the compiler would put them behind it, row by row.
@@ -33,7 +33,7 @@ __device__ __forceinline__ void forward_rows(const T* gate_up, T* y, int64_t row
 #pragma unroll
         for (int i = 0; i < Group::size; ++i) {
             const float x = widen(gate[r].element[i]);
-            gate[r].element[i] = narrow<T>(x * sigmoid<T>(x) * widen(up[r].element[i]));
+            gate[r].element[i] = narrow<T>(times_sigmoid<T>(x, x) * widen(up[r].element[i]));
         }
         store(y + (row + r * LANES) * width + column, gate[r]);
     }
@@ -54,7 +54,7 @@ __device__ __forceinline__ void backward_rows(const T* dy, const T* gate_up, T* 
     for (int r = 0; r < COUNT; ++r) {
 #pragma unroll
         for (int i = 0; i < Group::size; ++i) {
-            const float x = widen(gate[r].element[i]), d = widen(slope[r].element[i]), s = sigmoid<T>(x);
+            const float x = widen(gate[r].element[i]), d = widen(slope[r].element[i]), s = times_sigmoid<T>(1.0f, x);
             gate[r].element[i] = narrow<T>(d * widen(up[r].element[i]) * s * (1.0f + x * (1.0f - s)));
             up[r].element[i] = narrow<T>(d * x * s);
         }
@@ -111,8 +111,8 @@ extern "C" int ttl_swiglu_forward(const void* gate_up, void* y, int64_t rows, in
         const auto* from = static_cast<const T*>(gate_up);
         auto* to = static_cast<T*>(y);
         const bool vectors = width % Vector<T>::size == 0 && aligned(from) && aligned(to);
-        return launch(vectors ? forward<T, Vector<T>> : forward<T, Single<T>>,
-                      grid(rows, width, vectors ? Vector<T>::size : 1), dim3(COLUMNS, LANES), 0, stream, from,
+        const dim3 blocks = grid(rows, width, vectors ? Vector<T>::size : 1);
+        return launch(vectors ? forward<T, Vector<T>> : forward<T, Single<T>>, blocks, dim3(COLUMNS, LANES), 0, stream, from,
                       to, rows, width);
     });
 }
@@ -125,8 +125,8 @@ extern "C" int ttl_swiglu_backward(const void* dy, const void* gate_up, void* gr
         const auto *slope = static_cast<const T*>(dy), *from = static_cast<const T*>(gate_up);
         auto* to = static_cast<T*>(gradient);
         const bool vectors = width % Vector<T>::size == 0 && aligned(slope) && aligned(from) && aligned(to);
-        return launch(vectors ? backward<T, Vector<T>> : backward<T, Single<T>>,
-                      grid(rows, width, vectors ? Vector<T>::size : 1), dim3(COLUMNS, LANES), 0, stream, slope,
-                      from, to, rows, width);
+        const dim3 blocks = grid(rows, width, vectors ? Vector<T>::size : 1);
+        return launch(vectors ? backward<T, Vector<T>> : backward<T, Single<T>>, blocks, dim3(COLUMNS, LANES), 0, stream,
+                      slope, from, to, rows, width);
     });
 }

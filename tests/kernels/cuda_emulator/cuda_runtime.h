@@ -69,7 +69,8 @@ inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStr
     std::memset(place, value, bytes);
     return cudaSuccess;
 }
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
 template <typename Kernel>
@@ -154,6 +155,8 @@ struct Warp {
     alignas(16) unsigned char slots[2][WARP][16];  // what lanes show each other, for this exchange and the last one
 };
 
+struct Copy { void* to; const void* from; unsigned group; };
+
 struct Fiber {
     uint3 thread{};
     int lane = 0;
@@ -161,6 +164,8 @@ struct Fiber {
     void* stack_pointer = nullptr;
     bool finished = false;
     unsigned exchanges = 0;
+    std::vector<Copy> copies;  // cp.async: on their way
+    unsigned groups = 0;       // cp.async.commit_group: how many
 };
 
 struct Block {
@@ -212,6 +217,22 @@ T exchange(unsigned mask, T value, int source) {
     T result;
     std::memcpy(&result, slots[source], sizeof(T));
     return result;
+}
+
+// cp.async: copies of 16 bytes arrive when they are waited for, and not before; in the other order of threads, at once.
+inline void start_copy(void* to, const void* from) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) std::abort();
+    if (block().backwards) std::memcpy(to, from, 16);
+    else fiber().copies.push_back({to, from, fiber().groups});
+}
+inline void end_group() { ++fiber().groups; }
+inline void wait_for_groups(unsigned but_the_last) {
+    Fiber& f = fiber();
+    size_t waiting = 0;
+    for (const Copy& copy : f.copies)
+        if (copy.group + but_the_last < f.groups) std::memcpy(copy.to, copy.from, 16);
+        else f.copies[waiting++] = copy;
+    f.copies.resize(waiting);
 }
 
 inline void enter() {  // the first function on every fiber's stack

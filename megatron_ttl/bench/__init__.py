@@ -1,0 +1,1 @@
+"""Measure speed against what bounds it and against peers, alternately and in one run."""
