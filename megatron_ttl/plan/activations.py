@@ -7,7 +7,7 @@ Letters: h hidden, q = heads x head size, kv = key/value heads x head size, f in
 one tensor rank; w bytes of a number. With every operation in its CUDA form a block keeps
 
     w (4 h + (q + 2 kv) + q + 3 f) + 8 + 4 n        nothing recomputed
-    w (2 h + (q + 2 kv) + q + 2 f) + 4 n            "selective"
+    w (2 h + (q + 2 kv) + q + 2 f) + 8 + 4 n        "selective"
     w h                                             "full"
 
 bytes per token: both residual sums, the inputs of both packed products, the packed projection, the attention's output and
@@ -117,7 +117,10 @@ def kept_by_block(x: Token, paths: Paths, recompute: str, documents: bool = Fals
     angles = FP32 * x.head_dim if documents else 0
     attention = KEPT["rotary"][paths["rotary"]](x) + KEPT["attention"][paths["attention"]](x) + angles
     if recompute == "selective":
-        return attention + (2 * x.residual + 2 * x.wide) * x.number
+        # A fused norm also adds, and keeps what it needs; otherwise the sum alone is kept, and the norm done again.
+        fused = paths["rms_norm"] in ("cuda", "apex") and x.residual == x.hidden
+        sums = 2 * (_fused_norm(x) if fused else x.residual * x.number)
+        return attention + sums + 2 * x.wide * x.number
     norms = 2 * KEPT["rms_norm"][paths["rms_norm"]](x)
     products = (2 * x.hidden + x.wide) * x.number  # inputs of qkv, of gate-up, of down; o's is the attention's output
     return norms + attention + KEPT["swiglu"][paths["swiglu"]](x) + products
