@@ -64,6 +64,16 @@ class Case:
     """With `path=...`."""
     others: dict[str, Operation]
     own_paths: tuple[str, ...] = ("cuda", "torch")
+    apart: Callable[[Tensor, Inputs], tuple[Tensor, ...]] | None = None
+    """How others take what is packed with us, e.g. gate and up as two tensors: copied before anything is timed."""
+
+    def arranged(self, path: str, inputs: Inputs) -> Inputs:
+        """Return the inputs as an implementation takes them."""
+        if self.apart is None or path not in self.others:
+            return inputs
+        pieces = self.apart(inputs.leaves[0].detach(), inputs)
+        return Inputs(tuple(piece.clone(memory_format=torch.contiguous_format).requires_grad_() for piece in pieces),
+                      inputs.rest)
 
     def implementations(self) -> dict[str, Operation]:
         """Return every implementation by the name of its row."""
@@ -108,9 +118,18 @@ def _loss_inputs(widths: Widths, tokens: int, device: torch.device, dtype: torch
     return Inputs((_drawn((*_shape(tokens), widths.vocab), device, dtype, seed),), (labels,))
 
 
-def _liger_rotary(packed: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _liger_rotary(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, _: int) -> tuple[Tensor, ...]:
     cos, sin = (torch.cat((table, table), -1)[None] for table in (cos, sin))
-    return peer_liger.liger_rotary_heads(packed, cos, sin, kv_heads)
+    return *peer_liger.liger_rotary(query.transpose(1, 2), key.transpose(1, 2), cos, sin), value.transpose(1, 2)
+
+
+def _heads_apart(packed: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+    kv_heads = inputs.rest[-1]
+    return packed.split((packed.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+
+
+def _halves_apart(gate_up: Tensor, _: Inputs) -> tuple[Tensor, ...]:
+    return gate_up.chunk(2, dim=-1)
 
 
 CASES = {
@@ -118,7 +137,7 @@ CASES = {
                      ("cuda", "torch", "apex")),
     "add_rms_norm": Case("rms_norm", partial(_norm_inputs, 1), add_rms_norm, {"liger": peer_liger.liger_add_rms_norm},
                          ("cuda", "torch", "apex")),
-    "rotary_heads": Case("rotary", _rotary_inputs, rotary_heads, {"liger": _liger_rotary}),
-    "swiglu": Case("swiglu", _swiglu_inputs, swiglu, {"liger": peer_liger.liger_swiglu}),
+    "rotary_heads": Case("rotary", _rotary_inputs, rotary_heads, {"liger": _liger_rotary}, apart=_heads_apart),
+    "swiglu": Case("swiglu", _swiglu_inputs, swiglu, {"liger": peer_liger.liger_swiglu}, apart=_halves_apart),
     "cross_entropy": Case("cross_entropy", _loss_inputs, cross_entropy, {"liger": peer_liger.liger_cross_entropy}),
 }

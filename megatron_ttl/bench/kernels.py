@@ -20,7 +20,7 @@ from megatron_ttl.bench.contender import (
     unknown_names,
 )
 from megatron_ttl.bench.kernel_bytes import WIDTHS, Widths, bytes_per_token
-from megatron_ttl.bench.kernel_cases import CASES, Inputs, Operation
+from megatron_ttl.bench.kernel_cases import CASES, Case, Inputs, Operation
 from megatron_ttl.bench.kernel_timing import (
     Call,
     copy_bytes_per_s,
@@ -116,8 +116,8 @@ def _measure(op: str, widths: Widths, tokens: int, paths: Sequence[str], repeats
     for path in paths:
         if path not in implementations:
             continue
-        faults = _try(implementations[path], partial(case.ours, path="torch"), make(0), directions, errors, path)
-        sets = [] if faults else [make(seed) for seed in range(1, count + 1)]
+        faults = _try(case, path, implementations[path], make(0), errors)
+        sets = [] if faults else [case.arranged(path, make(seed)) for seed in range(1, count + 1)]
         for direction in directions:
             calls[path, direction] = faults or partial(_calls, implementations[path], sets, direction)
     rows = _run(calls, repeats, device)
@@ -126,11 +126,12 @@ def _measure(op: str, widths: Widths, tokens: int, paths: Sequence[str], repeats
     return rows
 
 
-def _try(operation: Operation, reference: Operation, inputs: Inputs, directions: Sequence[str],
-         errors: dict[tuple[str, str], float], path: str) -> str:
+def _try(case: Case, path: str, operation: Operation, inputs: Inputs, errors: dict[tuple[str, str], float]) -> str:
     """Compute once into poisoned memory and compare with fp32; return why it cannot be, or nothing."""
     try:
-        expected, wanted = _forward_backward(reference, inputs.wide())
+        expected, wanted = _forward_backward(partial(case.ours, path="torch"), inputs.wide())
+        wanted = case.arranged(path, Inputs(tuple(wanted), inputs.rest)).leaves
+        inputs = case.arranged(path, inputs)
         poison(inputs.leaves[0].device, inputs.leaves[0].numel(), inputs.leaves[0].dtype)
         found, gradients = _forward_backward(operation, inputs)
     except torch.OutOfMemoryError:
@@ -167,6 +168,7 @@ def _listed(outputs: Any) -> list[Tensor]:
     return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
 
+@torch.no_grad()
 def _largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest difference, relative to the largest number; NaN where something was not written."""
     worst = 0.0

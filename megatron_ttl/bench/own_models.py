@@ -19,7 +19,7 @@ from megatron_ttl.bench.workload import Workload
 from megatron_ttl.checkpoint.names import split_to_hf
 from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.errors import ConfigError
-from megatron_ttl.kernels.cross_entropy import cross_entropy
+from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL, cross_entropy
 from megatron_ttl.model import llama
 from megatron_ttl.model.llama import build_model
 from megatron_ttl.parallel.build import build_part
@@ -68,7 +68,7 @@ def bare_loop(workload: Workload) -> TrainingLoop:
     if use_paths := getattr(llama, "use_paths", None):
         use_paths(model, paths)
     prefer_attention(workload)
-    return TrainingLoop(model, mean_loss_of(model, paths.cross_entropy), workload,
+    return TrainingLoop(model, mean_loss_of(model, paths.cross_entropy, workload.all_labelled), workload,
                         f"the engine's model, {precision}, PyTorch's AdamW", masters=precision != "fp32")
 
 
@@ -79,13 +79,16 @@ def plain_loop(workload: Workload) -> TrainingLoop:
     model = build_model(workload.run.model, workload.run.run.seed, device, DTYPES[precision])
     prefer_cudnn_attention(device)
     called, how, undo = compiled_on_a_gpu(model, device)
-    return TrainingLoop(model, mean_loss_of(called, "torch"), workload, f"PyTorch, {precision}, fused AdamW, {how}",
-                        masters=precision != "fp32", undo=undo)
+    return TrainingLoop(model, mean_loss_of(called, "torch", workload.all_labelled), workload,
+                        f"PyTorch, {precision}, fused AdamW, {how}", masters=precision != "fp32", undo=undo)
 
 
-def mean_loss_of(model: Callable[[Tensor], Tensor], path: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the mean loss of a micro batch whose labels all count."""
-    return lambda input_ids, labels: cross_entropy(model(input_ids), labels, 1.0 / labels.numel(), path=path)
+def mean_loss_of(model: Callable[[Tensor], Tensor], path: str, all_labelled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the mean loss of a micro batch, over the labels that count."""
+    if all_labelled:
+        return lambda input_ids, labels: cross_entropy(model(input_ids), labels, 1.0 / labels.numel(), path=path)
+    return lambda input_ids, labels: (cross_entropy(model(input_ids), labels, path=path)
+                                      / (labels != IGNORED_LABEL).sum().clamp(min=1))
 
 
 def prefer_cudnn_attention(device: torch.device) -> None:

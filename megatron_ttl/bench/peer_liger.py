@@ -62,21 +62,13 @@ def liger_add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> 
     return total, normed
 
 
-def liger_rotary_heads(packed: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of a packed projection, turned as Hugging Face's Llama does it: [b, s, n + 2k, d].
-
-    Args:
-        packed, kv_heads: as for `rotary_heads`.
-        cos, sin: [1, s, d], twice the half that our tables have.
-    """
-    heads = packed.shape[2] - 2 * kv_heads
-    query, key, value = (part.transpose(1, 2) for part in packed.split((heads, kv_heads, kv_heads), dim=2))
-    return *liger_functions().liger_rope(query, key, cos, sin), value
+def liger_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn queries and keys, [b, heads, s, d] over [b, s, heads, d]; cos and sin are [1, s, d], each angle twice."""
+    return liger_functions().liger_rope(query, key, cos, sin)
 
 
-def liger_swiglu(gate_up: Tensor) -> Tensor:
-    """SwiGLU of a packed projection; Liger takes the two halves apart."""
-    gate, up = gate_up.chunk(2, dim=-1)
+def liger_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU of two projections."""
     return liger_functions().liger_swiglu(gate, up)
 
 

@@ -31,7 +31,7 @@ def litgpt_loop(workload: Workload) -> TrainingLoop:
     prefer_cudnn_attention(workload.device)
     called, how, undo = compiled_on_a_gpu(model, workload.device)
     note = f"{str(dtype).removeprefix('torch.')} weights alone, {how}"
-    return TrainingLoop(model, mean_loss_of(called, "torch"), workload, note, undo=undo)
+    return TrainingLoop(model, mean_loss_of(called, "torch", workload.all_labelled), workload, note, undo=undo)
 
 
 def build_litgpt_model(config: ModelConfig, seed: int) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_ttl.bench.workload import Workload
 from megatron_ttl.config.schema import OptimizerConfig
+from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL
 from megatron_ttl.parallel.pipeline import MicroBatches
 
 MeanLoss = Callable[[Tensor, Tensor], Tensor]
@@ -34,6 +35,7 @@ class TrainingLoop:
         """
         self.note = note
         self._mean_loss, self._device, self._undo = mean_loss, workload.device, undo
+        self._all_labelled = workload.all_labelled
         self._autocast, self._clipping = autocast, workload.run.train.gradient_clipping
         self._weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._moved: Sequence[Tensor] = self._weights
@@ -44,14 +46,21 @@ class TrainingLoop:
     def step(self, micro_batches: MicroBatches) -> Tensor:
         """Take one optimizer step and return its mean loss, still on the device."""
         total = torch.zeros((), device=self._device)
-        for input_ids, labels in micro_batches:
-            loss = self._loss(input_ids, labels) / len(micro_batches)
+        for (input_ids, labels), share in zip(micro_batches, self._shares(micro_batches), strict=True):
+            loss = self._loss(input_ids, labels) * share
             loss.backward()
             total += loss.detach()
             if self._moved is not self._weights:
                 self._add_to_masters()
         self._update()
         return total
+
+    def _shares(self, micro_batches: MicroBatches) -> list[float]:
+        """Return the share of each micro batch in the labels of the step."""
+        if self._all_labelled:
+            return [1 / len(micro_batches)] * len(micro_batches)
+        counts = [int((labels != IGNORED_LABEL).sum()) for _, labels in micro_batches]  # they are on the host still
+        return [count / max(1, sum(counts)) for count in counts]
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:

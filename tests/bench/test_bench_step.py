@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from gpu import gpu_test
+from tiny_folder import documents, write_dataset
 
 from megatron_ttl.bench.command_line import parser
 from megatron_ttl.bench.contender import not_installed, run_trials, trial_rows
@@ -28,18 +29,22 @@ KNOWN = {"liger": "liger_kernel", "litgpt": "litgpt"}
 
 
 def measured(mesh, folder):
-    """Time all peers in fp32, and those with masters in bf16; a process that has imported torch does both."""
+    """Time all peers in fp32, those with masters in bf16, and on real data; a process that has imported torch does all."""
     (folder / "bf16.json").write_text('{"train_micro_batch_size_per_gpu": 8, "bf16": {"enabled": true}, '
                                       '"zero_optimization": {"stage": 1}}')
     common = {"overrides": SMALLER, "micro_batch": 4, "steps": 2, "rounds": 1, "warm_up": 1}
     return [bench_step(**common), bench_step(**common, deepspeed_config=str(folder / "bf16.json"), peers=["bare", "plain"]),
-            fake_trials()]
+            fake_trials(),
+            bench_step(**{**common, "overrides": [*SMALLER, f'data.sources=[{{prefix="{folder}/pt"}}]',
+                                                  "data.document_mask=true"]}, peers=["bare", "hf"], data=True)]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, tokenizer_folder):
     """Results of `measured`."""
-    return run_distributed(measured, 1, tmp_path_factory.mktemp("profiles"))[0]
+    folder = tmp_path_factory.mktemp("step")
+    write_dataset(folder / "pt", tokenizer_folder, documents(60))
+    return run_distributed(measured, 1, folder)[0]
 
 
 def test_every_contender_trains_the_same_model(results):
@@ -80,6 +85,13 @@ def test_the_engine_of_the_profile_is_measured(tmp_path):
 def flat_rows(mesh, profile):
     """Measure the flat engine and the bare loop."""
     return bench_step(overrides=SMALLER, deepspeed_config=profile, steps=1, rounds=1, warm_up=1, peers=["bare"])["rows"]
+
+
+def test_the_runs_own_data_and_its_documents(results):
+    """Micro batches with unequally many labels weigh as they do in the engine; who attends across documents is left out."""
+    rows = {row["name"]: row for row in results[3]["rows"]}
+    assert rows["bare"]["loss"] == pytest.approx(rows["ours"]["loss"], rel=1e-5)
+    assert rows["hf"]["note"].startswith("not available: data.document_mask: is true")
 
 
 class Recorded:
