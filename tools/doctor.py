@@ -21,7 +21,7 @@ def main() -> None:
     from megatron_ttl.kernels.doctor import examine
 
     profile = load_profile(args.deepspeed_config) if args.deepspeed_config else None
-    choice = (profile.model_dump().get("kernels") if profile else None) or {}
+    choice = profile.kernels.model_dump() if profile else {}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[profile.precision if profile else "bf16"]
     found = examine(choice, torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype, PACKAGES)
     if args.json:

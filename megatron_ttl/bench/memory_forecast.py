@@ -8,6 +8,7 @@ import torch
 
 from megatron_ttl.config.load import Settings
 from megatron_ttl.files import human_bytes
+from megatron_ttl.plan.memory import peak_memory
 
 
 def why_it_does_not_fit(settings: Settings, device_bytes: int | None = None,
@@ -30,8 +31,4 @@ def why_it_does_not_fit(settings: Settings, device_bytes: int | None = None,
 
 
 def _forecast(settings: Settings) -> int:
-    try:
-        from megatron_ttl.plan.memory import peak_memory
-    except ImportError:  # nobody forecasts: every row is tried
-        return 0
     return peak_memory(settings, 1).needed

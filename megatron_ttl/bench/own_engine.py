@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 
 from megatron_ttl.bench.workload import Workload
 from megatron_ttl.config.deepspeed import resolve_deepspeed
+from megatron_ttl.config.engine import engine_world_faults
 from megatron_ttl.config.kernels import KernelsConfig
 from megatron_ttl.errors import ConfigError, raise_faults
-from megatron_ttl.kernels import paths as kernel_paths
-from megatron_ttl.kernels.paths import KernelPaths
+from megatron_ttl.kernels.attention_backend import prefer_attention_backend
+from megatron_ttl.kernels.paths import KernelPaths, resolve_paths
 from megatron_ttl.train.engine import Engine
+from megatron_ttl.train.engine_options import EngineOptions, engine_options
 
 
 def build_engine(workload: Workload) -> Engine:
@@ -22,32 +23,25 @@ def build_engine(workload: Workload) -> Engine:
     Raises:
         ConfigError: something is asked for that is not there.
     """
-    run, profile = workload.run, workload.settings.profile
-    options = _options(workload)
-    further = () if options is None else (options,)
-    return Engine(run, resolve_deepspeed(workload.settings, 1), workload.mesh, profile.recompute, workload.eos_id, *further)
+    return Engine(workload.run, resolve_deepspeed(workload.settings, 1), workload.mesh, workload.settings.profile.recompute,
+                  workload.eos_id, _options(workload))
 
 
 def engine_paths(workload: Workload) -> KernelPaths:
     """Return the implementations that the engine's model takes."""
-    options = _options(workload)
-    return KernelPaths() if options is None else options.paths
+    return _options(workload).paths
 
 
 def prefer_attention(workload: Workload) -> None:
     """Switch PyTorch to the attention backend that the engine switches to."""
-    try:
-        from megatron_ttl.kernels.attention_backend import prefer_attention_backend
-    except ImportError:
-        return
     dtype = torch.bfloat16 if workload.settings.profile.precision == "bf16" else torch.float32
     prefer_attention_backend(engine_paths(workload).attention, workload.device, dtype)
 
 
 def engine_words(workload: Workload) -> str:
     """Say who steps, and how."""
-    options, profile = _options(workload), workload.settings.profile
-    words = ["deepspeed" if options is None else str(options), profile.precision]
+    profile = workload.settings.profile
+    words = [str(_options(workload)), profile.precision]
     return ", ".join([*words, *([f"recompute {profile.recompute}"] if profile.recompute != "none" else [])])
 
 
@@ -58,23 +52,13 @@ def require_path(op: str, path: str, device: torch.device) -> str:
     Raises:
         ConfigError: it is not.
     """
-    if path == "torch":
-        return path
-    resolve = getattr(kernel_paths, "resolve_paths", None)
-    if resolve is not None:
-        resolve(KernelsConfig.model_validate({op: path}).model_dump(), device)
-    else:
-        raise_faults(ConfigError, [f'kernels.{op}: is "{path}"; only "torch" is there; leave it out'])
+    if path != "torch":
+        resolve_paths(KernelsConfig.model_validate({op: path}).model_dump(), device)
     return path
 
 
-def _options(workload: Workload) -> Any:
-    """Return what of the machine profile decides how a step is computed; None where there is one way alone."""
-    try:
-        from megatron_ttl.config.engine import engine_world_faults
-        from megatron_ttl.train.engine_options import engine_options
-    except ImportError:
-        return None
+def _options(workload: Workload) -> EngineOptions:
+    """Return what of the machine profile decides how a step is computed."""
     profile, where = workload.settings.profile, workload.settings.deepspeed_path
     faults = engine_world_faults(profile, 1, workload.device.type == "cuda")
     raise_faults(ConfigError, [f"{where}: {key}: {fault}" for key, fault in faults])

@@ -20,8 +20,7 @@ from megatron_ttl.checkpoint.names import split_to_hf
 from megatron_ttl.config.schema import ModelConfig
 from megatron_ttl.errors import ConfigError
 from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL, cross_entropy
-from megatron_ttl.model import llama
-from megatron_ttl.model.llama import build_model
+from megatron_ttl.model.llama import build_model, use_paths
 from megatron_ttl.parallel.build import build_part
 from megatron_ttl.parallel.pipeline import MicroBatches
 from megatron_ttl.train.engine import Engine
@@ -65,8 +64,7 @@ def bare_loop(workload: Workload) -> TrainingLoop:
     paths = engine_paths(workload)
     model = build_part(workload.run, workload.mesh, workload.settings.profile.recompute, _no_pipeline, workload.eos_id)
     model = model.to(workload.device, DTYPES[precision])
-    if use_paths := getattr(llama, "use_paths", None):
-        use_paths(model, paths)
+    use_paths(model, paths)
     prefer_attention(workload)
     return TrainingLoop(model, mean_loss_of(model, paths.cross_entropy, workload.all_labelled), workload,
                         f"the engine's model, {precision}, PyTorch's AdamW", masters=precision != "fp32")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_ttl.kernels import build
+from megatron_ttl.kernels.apex import apex_adam
 
 _TINY = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 _ROW = 1024  # elements whose squares the PyTorch path adds up in fp32; sums of rows are fp64
@@ -174,12 +175,10 @@ def _apex_update(buffers: tuple[Tensor, ...], lr: Tensor, step: Tensor, finite: 
 
     Source: https://github.com/NVIDIA/apex, csrc/multi_tensor_adam.cu.
     """
-    from amp_C import multi_tensor_adam_capturable
-
     lists = [list(buffer.split(_APEX_ELEMENTS)) for buffer in buffers]
     adamw_mode, correct_bias = 1, 1
-    multi_tensor_adam_capturable(_APEX_CHUNK, (~finite).int(), lists, lr, *betas, eps, step.int(), adamw_mode,
-                                 correct_bias, weight_decay, factor)
+    apex_adam()(_APEX_CHUNK, (~finite).int(), lists, lr, *betas, eps, step.int(), adamw_mode,
+                correct_bias, weight_decay, factor)
 
 
 def _sums(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ttl.kernels import build
+from megatron_ttl.kernels.adamw import adamw_
 from megatron_ttl.kernels.apex import installed_apex
 from megatron_ttl.kernels.attention import attention
+from megatron_ttl.kernels.attention_backend import attention_that_runs
 from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL, cross_entropy
 from megatron_ttl.kernels.paths import KernelPaths, resolve_paths
 from megatron_ttl.kernels.rms_norm import add_rms_norm
@@ -46,8 +48,9 @@ def examine(choice: Mapping[str, str], device: torch.device, dtype: torch.dtype,
     """
     report = resolve_paths(choice, device, dtype)
     errors = error_ratios(report.paths, device, dtype) if device.type == "cuda" else {}
+    ran = {"attention": f"; {attention_that_runs(device, report.paths.attention, dtype)} ran"} if device.type == "cuda" else {}
     return {"versions": versions(device, packages),
-            "operations": [{"operation": operation, "path": path, "why": why, "error": errors.get(operation)}
+            "operations": [{"operation": operation, "path": path, "why": why + ran.get(operation, ""), "error": errors.get(operation)}
                            for operation, path, why in report.rows]}
 
 
@@ -150,6 +153,20 @@ def _cases(dtype: torch.dtype) -> dict[str, tuple[Computation, Computation, list
         gate, up = packed.chunk(2, dim=-1)
         return [F.silu(gate) * up]
 
+    def adamw_on(master: Tensor, gradient: Tensor, path: str) -> Sequence[Tensor]:
+        kept = [x.detach().clone() for x in (master, gradient, gradient / 2, gradient.square())]
+        lr, step, norm = (torch.tensor(number, device=master.device) for number in (1e-3, 3.0, 1e4))
+        adamw_(*kept, None, lr=lr, step=step, squared_norm=norm, clipping=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+               path=path)
+        return [kept[0], kept[2], kept[3]]
+
+    def adamw_exact(master: Tensor, gradient: Tensor) -> Sequence[Tensor]:
+        master, gradient = master.detach(), gradient.detach()
+        clipped = gradient / (100 + 1e-6)
+        first, second = 0.9 * gradient / 2 + 0.1 * clipped, 0.95 * gradient.square() + 0.05 * clipped.square()
+        update = first / (1 - 0.9**3) / ((second / (1 - 0.95**3)).sqrt() + 1e-8)
+        return [master * (1 - 1e-3 * 0.1) - 1e-3 * update, first, second]
+
     labels = torch.randint(1000, (4, 64))
     labels[0, :5] = IGNORED_LABEL
     return {
@@ -161,7 +178,8 @@ def _cases(dtype: torch.dtype) -> dict[str, tuple[Computation, Computation, list
         "cross_entropy": (lambda x, y, path: [cross_entropy(x.clone(), y, path=path)],
                           lambda x, y: [F.cross_entropy(x.flatten(0, 1), y.flatten(), ignore_index=IGNORED_LABEL,
                                                         reduction="sum")], [random(4, 64, 1000), labels]),
-        "attention": (lambda q, k, v, path: [attention(q, k, v)],
+        "adamw": (adamw_on, adamw_exact, [torch.randn(5000), torch.randn(5000)]),
+        "attention": (lambda q, k, v, path: [attention(q, k, v, path=path)],
                       lambda q, k, v: [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)],
                       [random(2, 4, 64, 64), random(2, 2, 64, 64), random(2, 2, 64, 64)]),
     }

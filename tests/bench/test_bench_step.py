@@ -19,7 +19,6 @@ from megatron_ttl.bench.workload import (
     load_workload_settings,
     opened,
 )
-from megatron_ttl.config.deepspeed import DeepSpeedProfile
 from megatron_ttl.errors import ConfigError
 from megatron_ttl.testing import run_distributed
 
@@ -73,7 +72,6 @@ def test_bf16_has_masters_everywhere(results):
         assert rows[name]["loss"] == pytest.approx(rows["ours"]["loss"], abs=2e-3), name
 
 
-@pytest.mark.skipif("engine" not in DeepSpeedProfile.model_fields, reason="needs the flat engine")
 def test_the_engine_of_the_profile_is_measured(tmp_path):
     """Settings decide who steps, here as in a run; its row says so."""
     (tmp_path / "flat.json").write_text('{"train_micro_batch_size_per_gpu": 4, "engine": "flat", '

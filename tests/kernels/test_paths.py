@@ -42,8 +42,8 @@ def test_all_that_is_not_there_is_told_at_once():
     assert all("must be there; take \"auto\"" in fault for fault in caught.value.faults)
 
 
-@pytest.mark.parametrize("path", ["cudnn", "flash", "flash_attn"])
-def test_attention_in_fp32(path, monkeypatch):
+@pytest.mark.parametrize("path", ["cudnn", "flash"])
+def test_attention_in_fp32(path):
     """These compute in half precision."""
     with pytest.raises(ConfigError, match=f'kernels.attention: is "{path}", .*fp32'):
         resolve_paths({"attention": path, "rms_norm": "torch"}, torch.device("cuda"), torch.float32)
