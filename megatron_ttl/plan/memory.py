@@ -127,7 +127,7 @@ def with_profile(settings: Settings, **keys: object) -> Settings:
 
 def paths_of(settings: Settings) -> Paths:
     """Return the implementations that the profile asks for; "auto" is what runs where our kernels are compiled."""
-    named = {name: path for name, path in settings.profile.implementations.model_dump().items() if path != "auto"}
+    named = {name: path for name, path in settings.profile.kernels.model_dump().items() if path != "auto"}
     if settings.run.data.document_mask:
         named["attention"] = "efficient"  # the one that masks
     elif settings.profile.precision == "fp32":

@@ -23,6 +23,7 @@ from megatron_ttl.plan.memory import (
     fits,
     largest_micro_batch,
     memory_of_stages,
+    paths_of,
     peak_memory,
     with_profile,
 )
@@ -211,3 +212,13 @@ def test_what_saves_memory_saves_it(tmp_path, name, processes, smaller):
                    for profile, count in ((base, 1), (base | name, processes)))
     assert less.parts[smaller] < plain.parts[smaller]
     assert less.allocated == sum(less.parts.values()) - less.reserve
+
+
+@pytest.mark.parametrize(("profile", "overrides", "expected"), [
+    (BF16, [], {}), ({}, [], {"attention": "efficient"}), (BF16, ["data.document_mask=true"], {"attention": "efficient"}),
+    (BF16 | {"kernels": {"swiglu": "torch", "attention": "math"}}, [], {"swiglu": "torch", "attention": "math"})])
+def test_implementations_are_those_of_the_profile(tmp_path, profile, overrides, expected):
+    """What is asked for by name counts; "auto" is our kernels, and the fused attention that takes fp32 or a mask."""
+    settings = load_settings(*write(tmp_path, profile), overrides)
+    assert paths_of(settings) == {**FUSED, **expected}
+    assert peak_memory(settings, 1) == peak_memory(settings, 1, {**FUSED, **expected})
