@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ def plain_loop(workload: Workload) -> TrainingLoop:
     precision, device = _precision(workload), workload.device
     model = build_model(workload.run.model, workload.run.run.seed, device, DTYPES[precision])
     prefer_cudnn_attention(device)
+    with torch.no_grad():  # the rotary tables are made now, and not by what is compiled
+        model(torch.zeros((1, workload.run.train.sequence_length), dtype=torch.int64, device=device))
     called, how, undo = compiled_on_a_gpu(model, device)
     return TrainingLoop(model, mean_loss_of(called, "torch", workload.all_labelled), workload,
                         f"PyTorch, {precision}, fused AdamW, {how}", masters=precision != "fp32", undo=undo)
@@ -118,6 +121,7 @@ def refuse_documents(workload: Workload) -> None:
         raise ConfigError("data.document_mask: is true; this peer attends across documents; compare with it false")
 
 
+@lru_cache(maxsize=1)
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """Return the weights that a run begins with, on the host, by Hugging Face's names: all contenders begin alike."""
     found: dict[str, Tensor] = {}

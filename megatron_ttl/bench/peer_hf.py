@@ -32,9 +32,10 @@ def build_hf_model(config: ModelConfig, seed: int, device: torch.device, attenti
         "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")}
     theirs = LlamaConfig(**shape, attention_bias=False, mlp_bias=False, use_cache=False, attn_implementation=attention,
                          rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta})
-    model = LlamaForCausalLM(theirs)
+    with torch.device(device):  # transformers draws weights of its own first, which takes a while on a host
+        model = LlamaForCausalLM(theirs)
     model.load_state_dict(initial_weights(config, seed))
-    return model.to(device).train()
+    return model.train()
 
 
 def hf_loop(workload: Workload, attention: str = "sdpa", change: Callable[[nn.Module], Callable[[], None]] | None = None,
