@@ -77,13 +77,6 @@ def _accumulate(flat: Tensor, gradients: Sequence[Tensor], offsets: Sequence[int
     return result
 
 
-def accumulate_and_square_(flat: Tensor, gradients: list[Tensor], offsets: list[int], first: bool,
-                           path: str = "torch") -> Tensor:
-    """Accumulate as `accumulate_` does and return the buffer's squared norm; what lies in no range must be zero."""
-    accumulate_(flat, gradients, offsets, first, path)
-    return squared_norm(flat, path)
-
-
 @torch.no_grad()
 def squared_norm(flat: Tensor, path: str = "torch") -> Tensor:
     """Return the sum of all squares of a flat fp32 buffer, [N], as an fp32 scalar on its device.
