@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 
@@ -11,8 +13,11 @@ from megatron_ttl.errors import ConfigError, raise_faults
 from megatron_ttl.kernels import build
 from megatron_ttl.kernels.apex import apex_refusal
 from megatron_ttl.kernels.attention_backend import attention_refusal
+from megatron_ttl.kernels.self_check import error_ratios
 
 _ASKED = "asked for by name"
+ERROR_LIMIT = 8.0
+"""Of a kernel over PyTorch's on the same inputs: above it something is wrong; chance reaches 3."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def resolve_paths(choice: Mapping[str, str], device: torch.device, dtype: torch.
         asked = choice.get(operation, "auto")
         path, why = asked, _ASKED
         if asked == "auto":
-            path, why = _best(operation, device)
+            path, why = _best(operation, device, dtype)
         elif refusal := _refusal(operation, asked, device, dtype):
             faults.append(f"kernels.{operation}: is \"{asked}\", which is not there: {refusal}; must be there; "
                           "take \"auto\", or see tools/doctor.py")
@@ -63,14 +68,35 @@ def resolve_paths(choice: Mapping[str, str], device: torch.device, dtype: torch.
     return PathReport(KernelPaths(**{operation: path for operation, path, _ in rows}), rows)
 
 
-def _best(operation: str, device: torch.device) -> tuple[str, str]:
+def _best(operation: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Return what "auto" means for an operation, and why."""
     if operation == "attention":
         return "auto", ("PyTorch's order: cuDNN on Hopper, then flash, efficient, math" if device.type == "cuda" else
                         f"PyTorch's order on {device.type}: flash, then math")
-    if device.type == "cuda" and build.kernels_for("cuda") is not None:
+    if device.type != "cuda" or build.kernels_for("cuda") is None:
+        return "torch", build.why_not(device.type) or f"the kernels are for CUDA devices, not for {device.type}"
+    error = checked(device, dtype)[operation]
+    if error <= ERROR_LIMIT:
         return "cuda", "our kernel is there, and moves the fewest bytes"
-    return "torch", build.why_not(device.type) or f"the kernels are for CUDA devices, not for {device.type}"
+    print(f"warning: kernels.{operation}: our kernel's error is {error:.3g} times PyTorch's on {device}; it is not used, and "
+          "PyTorch's operations run", file=sys.stderr, flush=True)
+    return "torch", f"our kernel's error is {error:.3g} times PyTorch's on this device"
+
+
+@lru_cache
+def checked(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Run every CUDA kernel once before it is trusted, and return its error over PyTorch's; a second's work.
+
+    Raises:
+        ConfigError: the device refused one.
+    """
+    operations = [operation for operation in asdict(KernelPaths()) if operation != "attention"]
+    try:
+        return error_ratios(dict.fromkeys(operations, "cuda"), device, dtype)
+    except RuntimeError as error:
+        choice = ", ".join(f'"{operation}": "torch"' for operation in operations)
+        raise ConfigError(f"kernels: the first run on {device} failed ({str(error).splitlines()[0]}); they must run; set "
+                          f'"kernels": {{{choice}}} in the machine profile') from error
 
 
 def _refusal(operation: str, path: str, device: torch.device, dtype: torch.dtype) -> str | None:
