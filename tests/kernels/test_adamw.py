@@ -56,7 +56,7 @@ def some_gradients(seed: int) -> list[Tensor]:
         return torch.randn(*shape, generator=source)
 
     return [normal(2 * STRETCH + 12).bfloat16(), normal(40, 31).bfloat16().t(), normal(5), normal(1001).half()[1:],
-            normal(64, 96), normal(3, 5, 7).permute(2, 0, 1), normal(0), normal(8, 9).bfloat16(), normal(1)[0],
+            normal(66, 100), normal(3, 5, 7).permute(2, 0, 1), normal(0), normal(8, 9).bfloat16(), normal(1)[0],
             normal(STRETCH + 1).half(), normal(33).bfloat16()[1:], *(normal(4).bfloat16() for _ in range(130))]
 
 
