@@ -30,13 +30,13 @@ def adamw_calls(parameters: int, paths: Sequence[str], device: torch.device, dty
     for path in paths:
         if path == "torch":
             found[path] = partial(_calls, _torch_update, parameters, device, dtype)
-        elif path == "cuda":
+        elif path in ("cuda", "apex"):
             try:
                 require_path("adamw", path, device)
             except UserError as error:
                 found[path] = f"not available: {error.faults[0]}"
             else:
-                found[path] = partial(_calls, _own_update, parameters, device, dtype)
+                found[path] = partial(_calls, partial(_own_update, path), parameters, device, dtype)
     return found
 
 
@@ -47,14 +47,14 @@ def _calls(make: Callable[[Tensor, Tensor | None], Callable[[], None]], paramete
     return [(lambda: None, lambda _: update())]
 
 
-def _own_update(master: Tensor, weights: Tensor | None) -> Callable[[], None]:
-    """Our kernel: clipping, copy and zeroing in one pass."""
+def _own_update(path: str, master: Tensor, weights: Tensor | None) -> Callable[[], None]:
+    """The update of our engine: with our kernel, clipping, copy and zeroing in one pass."""
     from megatron_ttl.kernels.adamw import adamw_
 
     gradient, average, square = torch.randn_like(master), torch.zeros_like(master), torch.zeros_like(master)
     lr, step, norm = (torch.full((), value, device=master.device) for value in (_LR, 1.0, 1.0))
     return partial(adamw_, master, gradient, average, square, weights, lr=lr, step=step, squared_norm=norm, clipping=1.0,
-                   betas=_BETAS, eps=_EPS, weight_decay=_DECAY, zero=True, path="cuda")
+                   betas=_BETAS, eps=_EPS, weight_decay=_DECAY, zero=True, path=path)
 
 
 def _torch_update(master: Tensor, weights: Tensor | None) -> Callable[[], None]:
