@@ -95,7 +95,7 @@ def _selective_with_kernels(block: TransformerBlock, residual: Tensor, delta: Te
 
 
 def _may_be_fused(mlp: MLP) -> bool:
-    """Whether the last product is this process's alone: not followed by an exchange, nor its weight fetched by a hook (ZeRO 3)."""
+    """Whether the last product is no more than that: no exchange follows, no hook has to fetch its weight (ZeRO 3)."""
     return mlp.paths.swiglu == "cuda" and type(mlp.down_proj) is nn.Linear and not hasattr(mlp.down_proj.weight, "ds_id")
 
 

@@ -140,7 +140,8 @@ extern "C" int ttl_swiglu_backward(const void* dy, const void* gate_up, void* gr
         using T = decltype(zero);
         const auto *slope = static_cast<const T*>(dy), *from = static_cast<const T*>(gate_up);
         auto *to = static_cast<T*>(gradient), *again = static_cast<T*>(y);
-        const bool vectors = width % Vector<T>::size == 0 && aligned(slope) && aligned(from) && aligned(to) && aligned(again);
+        const bool vectors =
+            width % Vector<T>::size == 0 && aligned(slope) && aligned(from) && aligned(to) && aligned(again);
         const dim3 blocks = grid(rows, width, vectors ? Vector<T>::size : 1);
         const auto plain = vectors ? backward<false, T, Vector<T>> : backward<false, T, Single<T>>;
         const auto writing = vectors ? backward<true, T, Vector<T>> : backward<true, T, Single<T>>;
