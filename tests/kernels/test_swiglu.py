@@ -9,7 +9,7 @@ from gpu import gpu_test, needs_gpu
 from kernel_errors import assert_guards_hold, assert_no_worse, guarded, poisoned_memory
 
 from megatron_ttl.kernels import build
-from megatron_ttl.kernels.swiglu import swiglu
+from megatron_ttl.kernels.swiglu import swiglu, swiglu_linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_kernels(emulated_kernels, dtype, shape, offset):
         outputs = [guarded(tuple(t.shape), dtype, offset) for t in (dy, gate_up)]
         (_, y), (_, gradient) = outputs
         emulated_kernels.call("swiglu_forward", inputs[0], y, *sizes, device=CPU)
-        emulated_kernels.call("swiglu_backward", inputs[1], inputs[0], gradient, *sizes, device=CPU)
+        emulated_kernels.call("swiglu_backward", inputs[1], inputs[0], gradient, None, *sizes, device=CPU)
         for whole, inside in outputs:
             assert_guards_hold(whole, inside)
         return y, gradient
@@ -59,6 +59,81 @@ def test_kernels(emulated_kernels, dtype, shape, offset):
         assert_no_worse(value, pytorchs, wanted, allowed=allowed)
     if dtype != torch.float32:
         torch.testing.assert_close(ours[0], exact[0].to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_writes_the_activation_again(emulated_kernels, dtype, shape, offset):
+    """To the bit what forward wrote, in dy's memory or in its own, which is aligned otherwise; the gradient stays."""
+    sizes = (*shape, build.DTYPES[dtype])
+    gate_up, dy = drawn(shape, dtype)
+    y, gradient = torch.empty_like(dy), torch.empty_like(gate_up)
+    emulated_kernels.call("swiglu_forward", gate_up, y, *sizes, device=CPU)
+    emulated_kernels.call("swiglu_backward", dy, gate_up, gradient, None, *sizes, device=CPU)
+
+    def run():
+        outputs = [guarded(tuple(t.shape), dtype, place) for t, place in
+                   ((gate_up, offset), (dy, offset), (gate_up, offset), (dy, 1 - offset))]
+        (_, first), (_, shared), (_, second), (_, own) = outputs
+        shared.copy_(dy)
+        emulated_kernels.call("swiglu_backward", shared, gate_up, first, shared, *sizes, device=CPU)
+        emulated_kernels.call("swiglu_backward", dy, gate_up, second, own, *sizes, device=CPU)
+        for whole, inside in outputs:
+            assert_guards_hold(whole, inside)
+        return first, second, shared, own
+
+    for found, expected in zip(in_both_orders(run), (gradient, gradient, y, y), strict=True):
+        assert torch.equal(found, expected)
+
+
+def product_and_gradients(function, gate_up, weight, dout, path="cuda"):
+    """Return [.., h], both gradients, and how many numbers were kept beside the two inputs."""
+    gate_up, weight = (t.detach().clone().requires_grad_() for t in (gate_up, weight))
+    inputs, more = [t.untyped_storage().data_ptr() for t in (gate_up, weight)], []
+
+    def keep(tensor):
+        more.append(tensor.numel() if tensor.untyped_storage().data_ptr() not in inputs else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        product = function(gate_up, weight, path)
+    return [product.detach(), *torch.autograd.grad(product, (gate_up, weight), dout)], sum(more)
+
+
+def in_two_operations(gate_up, weight, path):
+    return torch.nn.functional.linear(swiglu(gate_up, path), weight)
+
+
+def same_bits_and_less_kept(gate_up, weight, dout):
+    """Compare with the two operations, which keep the activation."""
+    (ours, kept), (theirs, activation) = (product_and_gradients(function, gate_up, weight, dout)
+                                          for function in (swiglu_linear, in_two_operations))
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert (kept, activation) == (0, gate_up.numel() // 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("shape", [(2, 9), (7,), (0,), (2, 1, 3)])
+@pytest.mark.usefixtures("emulated_kernels")
+def test_the_product_that_follows_forgets_the_activation(dtype, shape):
+    """Bit for bit the two operations, for gradients that are expanded and that lie otherwise, too."""
+    gate_up, dy = drawn((*shape, 40), dtype)
+    weight, dout = torch.randn(24, 40, dtype=dtype), dy[..., :24]
+    with poisoned_memory():
+        for gradient in (dout, dout.contiguous(), torch.ones((), dtype=dtype).expand_as(dout)):
+            same_bits_and_less_kept(gate_up, weight, gradient)
+
+
+@pytest.mark.usefixtures("emulated_kernels")
+def test_the_product_that_follows_is_the_same_on_other_paths():
+    """PyTorch's operations, and one graph of torch.compile."""
+    (gate_up, dout), weight = drawn((3, 5, 16), torch.float32), torch.randn(16, 16)
+    compiled = torch.compile(swiglu_linear, fullgraph=True, backend="aot_eager")
+    for ours, path in ((compiled, "cuda"), (swiglu_linear, "torch")):
+        (found, _), (expected, _) = (product_and_gradients(function, gate_up, weight, dout, path)
+                                     for function in (ours, in_two_operations))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.long
@@ -118,6 +193,16 @@ def test_on_a_gpu(device, dtype, width):
     assert torch.equal(ours[1], again[1])
     for value, pytorchs, wanted in zip(ours, forward_and_backward(swiglu, gate_up, dy), in_fp64(gate_up, dy), strict=True):
         assert_no_worse(value, pytorchs, wanted)
+
+
+@pytest.mark.parametrize("width", [3072, 4096, 5632, 131])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_the_product_that_follows_on_a_gpu(device, dtype, width):
+    """The same bits at widths that train: its approximate exponential and division give in both passes what they give."""
+    gate_up, _ = drawn((2, 1031, width), dtype, device)
+    same_bits_and_less_kept(gate_up, torch.randn(768, width, device=device, dtype=dtype),
+                            torch.randn(2, 1031, 768, device=device, dtype=dtype))
 
 
 @gpu_test

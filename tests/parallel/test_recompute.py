@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
+from cuda_emulation import emulation
 from spread_model import logits_and_gradients, spread, token_ids
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ttl.model.llama import build_model
+from megatron_ttl.kernels.cross_entropy import cross_entropy
+from megatron_ttl.kernels.paths import KernelPaths
+from megatron_ttl.model.llama import build_model, use_paths
 from megatron_ttl.parallel import recompute
+from megatron_ttl.parallel.plan import Layout
 from megatron_ttl.parallel.recompute import recompute_in
+from megatron_ttl.parallel.tensor import RowParallelLinear
+from megatron_ttl.plan.activations import FUSED, kept_by_block, token_of
 from megatron_ttl.testing import tiny_model
 
+STEPS, LAYERS = 3, 2
 
-def forgetful(kind, layers=4):
-    model = spread(build_model(tiny_model(num_hidden_layers=layers), seed=3))
+
+def forgetful(kind, layers=4, dtype=torch.float32):
+    model = spread(build_model(tiny_model(num_hidden_layers=layers), seed=3, dtype=dtype))
     for layer in model:
         recompute_in(layer, kind.partition(",")[0])
     return model
@@ -64,3 +75,56 @@ def test_a_block_more_keeps_what_it_must(kind):
         expected += 2 * hidden + wide  # of PyTorch's norms and silu; kernels keep one number per token and norm
     more = kept_bytes(forgetful(kind, 4), ids) - kept_bytes(forgetful(kind, 3), ids)
     assert expected * 4 * tokens <= more <= (expected + 10) * 4 * tokens  # sums of softmax, one per head
+
+
+def on_kernels(*arguments):
+    model = forgetful(*arguments)
+    use_paths(model, KernelPaths(rms_norm="cuda", rotary="cuda", swiglu="cuda"))
+    return model
+
+
+def trained(model):
+    """Return the losses of a few steps, and the weights they lead to."""
+    ids, optimizer, losses = token_ids()[:, :17], torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return [*losses, *model.parameters()]
+
+
+def cut(linear):
+    """Return the product as one rank of a group has it; this one is alone in it."""
+    return RowParallelLinear(linear.weight.detach(), SimpleNamespace(leave=lambda x: x))
+
+
+def fetched(linear):
+    """Mark the weight as ZeRO 3 marks one that is here only while its module runs."""
+    linear.weight.ds_id = 0
+    return linear
+
+
+@pytest.mark.parametrize(("change", "dtype", "forwards"), [
+    (None, torch.float32, 1), (None, torch.bfloat16, 1), (cut, torch.float32, 2), (fetched, torch.bfloat16, 2)])
+def test_training_on_kernels_stays_and_gates_once(change, dtype, forwards, monkeypatch):
+    """To the bit; SwiGLU's forward kernel runs again only where an exchange follows or the weight comes and goes."""
+    model, calls = on_kernels("selective", LAYERS, dtype), Counter()
+    for block in [] if change is None else model[1:-1]:
+        block.mlp.down_proj = change(block.mlp.down_proj)
+    with emulation() as library:
+        expected, call = trained(on_kernels("none", LAYERS, dtype)), library.call
+        monkeypatch.setattr(library, "call", lambda name, *rest, **more: calls.update([name]) or call(name, *rest, **more))
+        found = trained(model)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert calls["swiglu_forward"] == forwards * LAYERS * STEPS and calls["swiglu_backward"] == LAYERS * STEPS
+
+
+def test_a_block_on_kernels_keeps_what_the_forecast_says():
+    """To the byte, with the table of angles that each block has."""
+    ids, config = token_ids()[:, :17], tiny_model()
+    with emulation():
+        more = kept_bytes(on_kernels("selective", 3), ids) - kept_bytes(on_kernels("selective", 2), ids)
+    token = token_of(config, Layout(), 4, ids.shape[1])
+    assert more == ids.numel() * kept_by_block(token, FUSED, "selective") + ids.shape[1] * config.head_dim * 4
