@@ -1,4 +1,4 @@
-"""AdamW as it is measured: over one flat buffer, with the copy that the model computes with and a zeroed gradient."""
+"""AdamW as it is measured: over one flat buffer, with the copy that the model computes with."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def _calls(make: Callable[[Tensor, Tensor | None], Callable[[], None]], paramete
 
 
 def _own_update(path: str, master: Tensor, weights: Tensor | None) -> Callable[[], None]:
-    """The update of our engine: with our kernel, clipping, copy and zeroing in one pass."""
+    """The update of our engine: with our kernel, clipping and copy in one pass."""
     from megatron_ttl.kernels.adamw import adamw_
 
     gradient, average, square = torch.randn_like(master), torch.zeros_like(master), torch.zeros_like(master)
     lr, step, norm = (torch.full((), value, device=master.device) for value in (_LR, 1.0, 1.0))
     return partial(adamw_, master, gradient, average, square, weights, lr=lr, step=step, squared_norm=norm, clipping=1.0,
-                   betas=_BETAS, eps=_EPS, weight_decay=_DECAY, zero=True, path=path)
+                   betas=_BETAS, eps=_EPS, weight_decay=_DECAY, path=path)
 
 
 def _torch_update(master: Tensor, weights: Tensor | None) -> Callable[[], None]:
-    """PyTorch's fused AdamW, then the copy and the zeroing by themselves."""
+    """PyTorch's fused AdamW, then the copy by itself."""
     master.grad = torch.randn_like(master)
     options: dict[str, Any] = {"lr": _LR, "betas": _BETAS, "eps": _EPS, "weight_decay": _DECAY, "fused": True}
     optimizer = torch.optim.AdamW([master], **options)
@@ -67,7 +67,5 @@ def _torch_update(master: Tensor, weights: Tensor | None) -> Callable[[], None]:
         optimizer.step()
         if weights is not None:
             weights.copy_(master)
-        assert master.grad is not None
-        master.grad.zero_()
 
     return update

@@ -63,11 +63,10 @@ def bytes_per_token(op: str, widths: Widths, itemsize: int) -> dict[Direction, i
     return table[op]
 
 
-def adamw_bytes_per_parameter(weight_bytes: int, zeroed: bool = True) -> int:
+def adamw_bytes_per_parameter(weight_bytes: int) -> int:
     """Return the least traffic of AdamW with an fp32 gradient: master and moments read and written, gradient read.
 
     Args:
         weight_bytes: of the copy that the model computes with; 0 where the master is that.
-        zeroed: whether the gradient is set to zero on the way.
     """
-    return 2 * (4 + MOMENTS) + 4 + 4 * zeroed + weight_bytes
+    return 2 * (4 + MOMENTS) + 4 + weight_bytes

@@ -48,7 +48,7 @@ def _host_seconds(prepare: Callable[[], Any], run: Callable[[Any], Any]) -> floa
 def copy_bytes_per_s(device: torch.device, repeats: int = 8) -> float:
     """Return the best speed of a copy on the device: bytes read and bytes written."""
     size = _COPIED_BYTES[device.type]
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    source, target = (torch.randint(256, (size,), dtype=torch.uint8, device=device) for _ in range(2))
     target.copy_(source)
     calls: list[Call] = [(lambda: None, lambda _: target.copy_(source))] * repeats
     return 2 * size / min(device_seconds(calls, device))

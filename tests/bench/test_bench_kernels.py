@@ -26,7 +26,7 @@ def test_bytes_of_ttl_460m_in_bf16():
     assert found == {"rms_norm": {"forward": 4100, "backward": 6148}, "add_rms_norm": {"forward": 8196, "backward": 8196},
                      "rotary_heads": {"forward": 8192, "backward": 12288}, "swiglu": {"forward": 24576, "backward": 40960},
                      "cross_entropy": {"both": 128_000}}
-    assert adamw_bytes_per_parameter(2, zeroed=False) == 30 and adamw_bytes_per_parameter(2) == 34
+    assert adamw_bytes_per_parameter(2) == 30 and adamw_bytes_per_parameter(0) == 28
 
 
 @pytest.mark.parametrize(("name", "file"), [("160m", "ttl_160m"), ("460m", "ttl_460m"), ("1b1", "tinyllama_1b1")])
