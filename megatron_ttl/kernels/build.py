@@ -206,15 +206,18 @@ def _require_own(library: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process compiles, and clear away what killed ones have left."""
+    """Wait until no other process compiles, and clear away what killed ones have left long ago.
+
+    Long ago, for a file system shared by several machines may keep a lock to one of them, or know none at all: then the same
+    work is done twice, and each result is whole.
+    """
     with open_own(folder / "lock", "ab") as lock:
-        try:
+        with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: the same work may be done twice, each result is whole
-            yield
-            return
         for leftover in folder.glob("build-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > 2 * COMPILER_TIMEOUT_S:
+                    shutil.rmtree(leftover, ignore_errors=True)
         yield
 
 
