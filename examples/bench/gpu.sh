@@ -44,6 +44,14 @@ step() {  # name, run file, micro batch, tokens per step, profile's further keys
         --deepspeed_config "$out/profiles/$name.json" --json "$@"
 }
 
+# What runs here, and whether it is right: the tests that nothing but a GPU can pass.
+if [[ -z ${ONLY:-} || " $ONLY " == *" tests "* ]]; then
+    echo "== tests: python -m pytest -m gpu"
+    python tools/doctor.py > "$out/doctor.txt" 2>&1
+    timeout "${LIMIT:-900}" python -m pytest -q -m gpu tests > "$out/tests.txt" 2>&1
+    tail -n 1 "$out/tests.txt"
+fi
+
 # Each operation alone.
 measure kernels python tools/bench.py kernels --json ${SMALL:+--tokens 64}
 
