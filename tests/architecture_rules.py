@@ -10,6 +10,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = "megatron_ttl"
@@ -133,11 +134,13 @@ def sources(root: Path, tests: bool = False) -> list[Source]:
     paths = sorted(root.glob("*.py"))
     for folder in (PACKAGE, "tools", "examples", *(["tests"] if tests else [])):
         paths += sorted((root / folder).rglob("*.py"))
-    found = []
-    for path in paths:
-        text = path.read_text(encoding="utf-8")
-        found.append(Source(path.relative_to(root).as_posix(), text, ast.parse(text)))
-    return found
+    return [_parsed(path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
+
+
+@lru_cache(maxsize=4096)
+def _parsed(path: str, text: str) -> Source:
+    """Parse a file once for all rules."""
+    return Source(path, text, ast.parse(text))
 
 
 def imports(source: Source) -> Iterator[Import]:
