@@ -106,12 +106,12 @@ def drifting(mesh, deepspeed, run):
     """Flip a bit of one copy on the last rank after the second step."""
     real, calls = loop.replica_faults, []
 
-    def flip(engine, mesh):
+    def flip(module, mesh):
         calls.append(None)
         if len(calls) == 2 and mesh.rank == mesh.world_size - 1:
-            weight = engine.module.get_parameter("1.post_attention_layernorm.weight").data
+            weight = module.get_parameter("1.post_attention_layernorm.weight").data
             weight.view(torch.int32)[0] ^= 1
-        return real(engine, mesh)
+        return real(module, mesh)
 
     loop.replica_faults = flip
     try:
