@@ -18,7 +18,7 @@ from megatron_ttl.config.load import Settings
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.data.background_check import BackgroundCheck
 from megatron_ttl.data.causal_lm_dataset import CausalLMDataset, HeldOutDataset
-from megatron_ttl.errors import ConfigError, UserError, raise_faults
+from megatron_ttl.errors import ConfigError, UserError, collected, raise_faults
 from megatron_ttl.files import free_bytes, human_bytes, require_free_space
 from megatron_ttl.model.flops import BYTES_PER_PARAMETER, count_parameters
 from megatron_ttl.parallel.mesh import Mesh
@@ -160,9 +160,11 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     settings = with_recorded_skips(settings)
     run, profile = settings.run, settings.profile
     cuda = mesh.device.type == "cuda"
-    raise_faults(ConfigError, [*device_faults(settings, cuda),
-                               *(f"{settings.deepspeed_path}: {key}: {fault}"
-                                 for key, fault in engine_world_faults(profile, mesh.world_size, cuda))])
+    faults, missing = device_faults(settings, cuda), []
+    named = [f"{key}: {fault}" for key, fault in engine_world_faults(profile, mesh.world_size, cuda)]
+    with collected(missing):
+        options = engine_options(run, profile, mesh.world_size, mesh.device)
+    raise_faults(ConfigError, [*faults, *(f"{settings.deepspeed_path}: {fault}" for fault in [*named, *missing])])
     dataset, held_out = open_data(run)
     signals = open_signals(run, dataset)
     resolved = resolve_deepspeed(settings, data_parallel_size_of(settings, mesh.world_size))
@@ -174,8 +176,7 @@ def prepare(settings: Settings, mesh: Mesh, watchdog: Watchdog | None = None, lo
     folder = RunFolder(settings, lock)
     checkpoint = _claim(folder, mesh)
     seed_everything(run.run.seed)
-    engine = Engine(run, resolved, mesh, profile.recompute, dataset.eos_id,
-                    engine_options(run, profile, mesh.world_size, mesh.device))
+    engine = Engine(run, resolved, mesh, profile.recompute, dataset.eos_id, options)
     carried = checkpoint.record if checkpoint else {}
     if mesh.is_first:
         folder.describe(resolved, environment_report(), tokenizer_directory(dataset))

@@ -11,11 +11,12 @@ import gpu
 import pytest
 import torch
 from layout_runs import Case, deepspeed_settings, joined, run_of, steps_of_data
-from tiny_session import write_data, write_settings
+from tiny_session import train_here, write_data, write_settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ttl.checkpoint.names import split_to_hf
 from megatron_ttl.checkpoint.state import WEIGHTS, capture, outline, restore
+from megatron_ttl.errors import ConfigError
 from megatron_ttl.model.llama import build_model
 from megatron_ttl.parallel.mesh import Mesh
 from megatron_ttl.testing import run_distributed
@@ -240,6 +241,17 @@ def with_bad_steps(mesh, deepspeed, run, overrides, bad):
         return str(error), session.state.updates
     finally:
         session.close()
+
+
+def test_what_this_machine_lacks_is_told_at_once(tmp_path):
+    """Recording and kernels, before the data are opened, with the file that asks for them."""
+    profile = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}, "engine": "flat", "cuda_graphs": True,
+               "kernels": {"swiglu": "cuda", "attention": "cudnn"}}
+    deepspeed, run = write_settings(tmp_path, tmp_path / "no data", tmp_path / "run", profile)
+    with pytest.raises(ConfigError) as caught:
+        train_here(Mesh(0, 1, 0, torch.device("cpu")), str(deepspeed), str(run), [])
+    assert [fault.partition(": is ")[0] for fault in caught.value.faults] == [
+        f"{deepspeed}: {key}" for key in ("cuda_graphs", "kernels.swiglu", "kernels.attention")]
 
 
 def test_the_loop_names_the_step_whose_outcome_came_late(tmp_path):
