@@ -19,10 +19,11 @@ def main() -> None:
     from megatron_ttl.config.load import load_profile
     from megatron_ttl.console import print_result, print_table
     from megatron_ttl.kernels.doctor import examine
+    from megatron_ttl.train.engine_options import DTYPES
 
     profile = load_profile(args.deepspeed_config) if args.deepspeed_config else None
     choice = profile.kernels.model_dump() if profile else {}
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[profile.precision if profile else "bf16"]
+    dtype = DTYPES[profile.precision if profile else "bf16"]
     found = examine(choice, torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype, PACKAGES)
     if args.json:
         print_result(found, as_json=True)

@@ -14,7 +14,7 @@ from megatron_ttl.errors import ConfigError, raise_faults
 from megatron_ttl.kernels.attention_backend import prefer_attention_backend
 from megatron_ttl.kernels.paths import KernelPaths, resolve_paths
 from megatron_ttl.train.engine import Engine
-from megatron_ttl.train.engine_options import EngineOptions, engine_options
+from megatron_ttl.train.engine_options import DTYPES, EngineOptions, engine_options
 
 
 def build_engine(workload: Workload) -> Engine:
@@ -34,7 +34,7 @@ def engine_paths(workload: Workload) -> KernelPaths:
 
 def prefer_attention(workload: Workload) -> None:
     """Switch PyTorch to the attention backend that the engine switches to."""
-    dtype = torch.bfloat16 if workload.settings.profile.precision == "bf16" else torch.float32
+    dtype = DTYPES[workload.settings.profile.precision]
     prefer_attention_backend(engine_paths(workload).attention, workload.device, dtype)
 
 

@@ -25,8 +25,7 @@ from megatron_ttl.model.llama import build_model, use_paths
 from megatron_ttl.parallel.build import build_part
 from megatron_ttl.parallel.pipeline import MicroBatches
 from megatron_ttl.train.engine import Engine
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megatron_ttl.train.engine_options import DTYPES
 
 
 class EngineContender:

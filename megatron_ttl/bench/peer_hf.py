@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ttl.bench.own_models import DTYPES, initial_weights, refuse_documents
+from megatron_ttl.bench.own_models import initial_weights, refuse_documents
 from megatron_ttl.bench.training_loop import TrainingLoop
 from megatron_ttl.bench.workload import Workload
 from megatron_ttl.config.schema import ModelConfig
+from megatron_ttl.train.engine_options import DTYPES
 
 
 def build_hf_model(config: ModelConfig, seed: int, device: torch.device, attention: str = "sdpa") -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ttl.kernels.adamw import adamw_
+from megatron_ttl.kernels.adamw import accumulate_and_square_, adamw_
 from megatron_ttl.kernels.attention import attention
 from megatron_ttl.kernels.cross_entropy import IGNORED_LABEL, cross_entropy
 from megatron_ttl.kernels.rms_norm import add_rms_norm
@@ -83,18 +83,23 @@ def _cases(dtype: torch.dtype) -> dict[str, tuple[Computation, Computation, list
         return [F.silu(gate) * up]
 
     def adamw_on(master: Tensor, gradient: Tensor, path: str) -> Sequence[Tensor]:
-        kept = [x.detach().clone() for x in (master, gradient, gradient / 2, gradient.square())]
-        lr, step, norm = (torch.tensor(number, device=master.device) for number in (1e-3, 3.0, 1e4))
-        adamw_(*kept, None, lr=lr, step=step, squared_norm=norm, clipping=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-               path=path)
-        return [kept[0], kept[2], kept[3]]
+        kept = [x.detach().float().clone() for x in (master, gradient, gradient / 2, gradient.float().square())]
+        pieces = [piece.detach().clone() for piece in gradient.split((3001, 1999))]  # the second one begins between vectors
+        squares = accumulate_and_square_(kept[1], pieces, (0, 3001), True, path)
+        weights = None if dtype == torch.float32 else torch.empty_like(kept[0], dtype=dtype)
+        lr, step = (torch.tensor(number, device=master.device) for number in (1e-3, 3.0))
+        adamw_(*kept, weights, lr=lr, step=step, squared_norm=squares, clipping=1.0, betas=(0.9, 0.95), eps=1e-8,
+               weight_decay=0.1, path=path)
+        return [kept[0], kept[2], kept[3], squares, kept[0] if weights is None else weights]
 
     def adamw_exact(master: Tensor, gradient: Tensor) -> Sequence[Tensor]:
         master, gradient = master.detach(), gradient.detach()
-        clipped = gradient / (100 + 1e-6)
+        squares = gradient.square().sum()
+        clipped = gradient / (squares.sqrt() + 1e-6)
         first, second = 0.9 * gradient / 2 + 0.1 * clipped, 0.95 * gradient.square() + 0.05 * clipped.square()
         update = first / (1 - 0.9**3) / ((second / (1 - 0.95**3)).sqrt() + 1e-8)
-        return [master * (1 - 1e-3 * 0.1) - 1e-3 * update, first, second]
+        moved = master * (1 - 1e-3 * 0.1) - 1e-3 * update
+        return [moved, first, second, squares, moved]
 
     labels = torch.randint(1000, (4, 64), generator=generator)
     labels[0, :5] = IGNORED_LABEL
@@ -107,7 +112,7 @@ def _cases(dtype: torch.dtype) -> dict[str, tuple[Computation, Computation, list
         "cross_entropy": (lambda x, y, path: [cross_entropy(x.clone(), y, path=path)],
                           lambda x, y: [F.cross_entropy(x.flatten(0, 1), y.flatten(), ignore_index=IGNORED_LABEL,
                                                         reduction="sum")], [random(4, 64, 1000), labels]),
-        "adamw": (adamw_on, adamw_exact, [random(5000, dtype=torch.float32), random(5000, dtype=torch.float32)]),
+        "adamw": (adamw_on, adamw_exact, [random(5000, dtype=torch.float32), random(5000)]),
         "attention": (lambda q, k, v, path: [attention(q, k, v, path=path)],
                       lambda q, k, v: [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)],
                       [random(2, 4, 64, 64), random(2, 2, 64, 64), random(2, 2, 64, 64)]),

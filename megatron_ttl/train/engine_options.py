@@ -12,6 +12,9 @@ from megatron_ttl.config.engine import EngineKind, engine_kind, records_graphs
 from megatron_ttl.config.schema import RunFile
 from megatron_ttl.kernels.paths import KernelPaths, resolve_paths
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of weights and activations, by the precision of a machine profile."""
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -47,6 +50,5 @@ def engine_options(run: RunFile, profile: DeepSpeedProfile, world_size: int, dev
     graphs: Literal["off", "try", "require"] = "off"
     if records_graphs(profile, run, kind, cuda):
         graphs = "require" if profile.cuda_graphs is True else "try"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[profile.precision]
-    paths = resolve_paths(profile.kernels.model_dump(), device, dtype).paths
+    paths = resolve_paths(profile.kernels.model_dump(), device, DTYPES[profile.precision]).paths
     return EngineOptions(kind, profile.compile, graphs, paths)
