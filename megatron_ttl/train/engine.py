@@ -176,5 +176,8 @@ class Engine:
         self._drive.close()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self._scaled_loss(logits, labels)  # looked up at each call: a trial may put another in its place
+
+    def _scaled_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return loss_sum(logits, labels, self._vocab_size, self._tensor_parallel, self._drive.scale,
                         self.options.paths.cross_entropy)
